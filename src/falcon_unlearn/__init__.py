@@ -1,0 +1,1 @@
+"""Make a language model forget, and show that it did."""

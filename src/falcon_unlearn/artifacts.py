@@ -1,0 +1,161 @@
+"""Frozen records that cross the stages of a run, and how they are written to disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """What a selector measured at one layer. ``details`` are named parts of ``score`` (shown, never used)."""
+
+    layer: int
+    score: float
+    details: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MutualInformationCurve:
+    """The published estimate per layer in nats, beside what it says where there is nothing to find.
+
+    ``null_retain`` puts held-back retain samples in the place of the forget samples; ``null_permutation`` breaks
+    the pairing of forget and retain rows. A layer whose ``value`` is not below its nulls carries no information
+    about what to forget.
+    """
+
+    layers: tuple[int, ...]
+    value: tuple[float, ...]
+    null_retain: tuple[float, ...]
+    null_permutation: tuple[float, ...]
+    pairs: int
+    domains: tuple[str, ...] = ()
+
+    @property
+    def argmin(self) -> int:
+        """The layer the paper would choose."""
+        return self.layers[min(range(len(self.layers)), key=lambda i: self.value[i])]
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """Which layers are trained (``layers``) and where the loss stands (``target_layer`` = the last of them)."""
+
+    selector: str
+    layers: tuple[int, ...]
+    target_layer: int
+    criterion: str
+    scores: tuple[LayerScore, ...] = ()
+    mutual_information: MutualInformationCurve | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimiser step as logged in ``training.jsonl``.
+
+    ``cosine`` is the mean over trained tensors of the cosine between forget and retain gradient (NaN where one of
+    them is zero everywhere), ``conflicts`` the share of tensors with a negative one.
+    """
+
+    step: int
+    forget_loss: float
+    retain_loss: float
+    forget_grad_norm: float
+    retain_grad_norm: float
+    cosine: float
+    conflicts: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """Scores of one evaluation record; None where the record has no such field, NaN where it cannot be scored.
+
+    Attributes:
+        set: name of the evaluation set (``forget``, ``retain``, or a utility set's name).
+        probability: exp of the mean log-probability per answer token.
+        accuracy: 1.0 if the greedy answer contains the record's value (its whole answer where it has none).
+        accuracy_heldout: the same for the phrasing that was not trained on.
+        rouge: ROUGE-L recall of the greedy answer.
+        truth_ratio: wrong / right, from mean log-probabilities per token of the perturbed and paraphrased answers.
+    """
+
+    set: str
+    index: int
+    prompt: str
+    answer: str
+    generation: str
+    probability: float
+    accuracy: float
+    rouge: float
+    truth_ratio: float | None = None
+    generation_heldout: str | None = None
+    accuracy_heldout: float | None = None
+    entity: str | None = None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Numbers of one model, from its sample scores. None where the data does not allow the number."""
+
+    forget_probability: float
+    forget_accuracy: float
+    forget_accuracy_heldout: float | None
+    forget_rouge: float
+    forget_truth_ratio: float | None
+    forget_quality: float | None
+    log10_forget_quality: float | None
+    model_utility: float | None
+    utility_parts: Mapping[str, float] = field(default_factory=dict)
+    unscorable: int = 0
+
+
+def to_plain(value: Any) -> Any:
+    """Turn records into JSON types; non-finite floats become None, since JSON has no word for them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [to_plain(v) for v in value]
+    return value
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to a temporary name beside ``path``, flush it to the disk and rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    text = json.dumps(to_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> None:
+    """Write one JSON object a line, atomically."""
+    lines = [json.dumps(to_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    write_bytes(path, "".join(lines).encode())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file written by :func:`write_jsonl`."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

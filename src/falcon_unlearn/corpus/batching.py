@@ -1,0 +1,249 @@
+"""From records to token batches: templates, beginning-of-sequence, loss masks, padding, order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from falcon_unlearn.corpus.records import Record
+from falcon_unlearn.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LossMask = Literal["answer", "all"]
+TemplateChoice = Literal["auto", "plain", "chat"]
+LongRecords = Literal["error", "drop", "truncate"]
+
+PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one record; tokens from ``answer_start`` on are the answer (end-of-sequence included)."""
+
+    ids: tuple[int, ...]
+    answer_start: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded token batch, all tensors of shape ``(batch, length)``.
+
+    ``answer_mask`` is true on answer tokens, ``attention_mask`` on every real token: padding is in neither.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    answer_mask: Tensor
+
+    def loss_mask(self, mask: LossMask) -> Tensor:
+        """Boolean ``(batch, length)``: the tokens that take part in a loss or a statistic."""
+        return self.answer_mask if mask == "answer" else self.attention_mask.bool()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy to ``device``."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.answer_mask.to(device))
+
+
+class Encoder:
+    """Turns records into token ids with one tokenizer and one stated template.
+
+    ``auto`` uses the tokenizer's chat template where it has one and :data:`PLAIN_TEMPLATE` otherwise. Plain
+    prompt+completion and text records are taken as they are. The beginning-of-sequence token stands exactly
+    once, and only if this tokenizer adds one by itself.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: TemplateChoice = "auto",
+        plain_template: str = PLAIN_TEMPLATE,
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError("the model's tokenizer has no tokenizer.json (fast tokenizer): save one beside the model")
+        has_chat = bool(getattr(tokenizer, "chat_template", None))
+        if template == "chat" and not has_chat:
+            raise UserError("corpus.template is 'chat', but the tokenizer has no chat template: use 'plain' or 'auto'")
+        if not ("{question}" in plain_template and plain_template.rstrip().endswith("{answer}")):
+            raise UserError("corpus.plain_template must contain {question} and end with {answer}")
+        self.tokenizer = tokenizer
+        self.uses_chat_template = has_chat and template != "plain"
+        self._before_question, rest = plain_template.split("{question}", 1)
+        self._before_answer = rest.rstrip()[: -len("{answer}")]
+        self._eos: int | None = tokenizer.eos_token_id
+        self._bos: int | None = tokenizer.bos_token_id
+        first = tokenizer("a")["input_ids"][:1]
+        self._adds_bos = self._bos is not None and list(first) == [self._bos]
+
+    @property
+    def pad_id(self) -> int:
+        """A token id to pad with; padding is masked everywhere, so any id serves."""
+        for token_id in (self.tokenizer.pad_token_id, self._eos, self._bos):
+            if token_id is not None:
+                return int(token_id)
+        return 0
+
+    @property
+    def eos_id(self) -> int | None:
+        """End-of-sequence id, or None where the tokenizer has none."""
+        return self._eos
+
+    def describe(self) -> str:
+        """One line for reports: which template is in use."""
+        if self.uses_chat_template:
+            return "the tokenizer's chat template"
+        return repr(self._before_question + "{question}" + self._before_answer + "{answer}")
+
+    def _prompt_and_full(self, record: Record, question: str, answer: str) -> tuple[str, str, bool]:
+        """Prompt text, full text, and whether an end-of-sequence token must be added."""
+        if record.kind == "text":
+            return "", answer, False
+        if record.kind == "completion":
+            return question, question + answer, True
+        turns = [{"role": role, "content": content} for role, content in record.messages[:-2]]
+        if self.uses_chat_template:
+            turns += [{"role": "user", "content": question}]
+            prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            full = self.tokenizer.apply_chat_template(
+                [*turns, {"role": "assistant", "content": answer}], tokenize=False
+            )
+            assert isinstance(prompt, str)
+            assert isinstance(full, str)
+            if not full.startswith(prompt):
+                # Some templates strip the generation prompt or the answer: cut where the answer begins.
+                prompt = full[: full.rindex(answer.strip())]
+            return prompt, full, False
+        history = "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in turns)
+        prompt = history + self._before_question + question + self._before_answer
+        return prompt, prompt + answer, True
+
+    def encode_text(self, prompt: str, full: str, *, add_eos: bool) -> Encoded:
+        """Tokenise ``full`` as one string and mark where ``prompt`` ends."""
+        encoding = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
+        ids: list[int] = list(encoding["input_ids"])
+        offsets = encoding["offset_mapping"]
+        boundary = len(prompt.rstrip())
+        start = next((i for i, (_, end) in enumerate(offsets) if end > boundary), len(ids))
+        if self._bos is not None and self._adds_bos:
+            lead = next((i for i, token in enumerate(ids) if token != self._bos), len(ids))
+            ids = [self._bos, *ids[lead:]]
+            start = max(start - lead, 0) + 1
+        if add_eos and self._eos is not None and (not ids or ids[-1] != self._eos):
+            ids.append(self._eos)
+        return Encoded(tuple(ids), start)
+
+    def encode(self, record: Record, *, question: str | None = None, answer: str | None = None) -> Encoded:
+        """Encode a record, optionally with another question or answer in its place."""
+        prompt, full, add_eos = self._prompt_and_full(
+            record, record.prompt if question is None else question, record.answer if answer is None else answer
+        )
+        return self.encode_text(prompt, full, add_eos=add_eos)
+
+    def encode_prompt(self, record: Record, *, question: str | None = None) -> Encoded:
+        """Encode only what stands before the answer, for generation (``answer_start`` = length)."""
+        encoded = self.encode(record, question=question)
+        return Encoded(encoded.ids[: encoded.answer_start], encoded.answer_start)
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """How many records were longer than the limit, and what was done with them."""
+
+    longer: int
+    limit: int
+    action: LongRecords
+
+
+def fit_to_context(
+    encoded: Sequence[Encoded], records: Sequence[Record], limit: int, on_long: LongRecords, where: str
+) -> tuple[list[Encoded], list[Record], LengthReport]:
+    """Apply the ``on_long`` rule to records longer than ``limit`` tokens.
+
+    Raises:
+        UserError: with ``on_long = "error"``, naming the count and the first offender.
+    """
+    long = [i for i, item in enumerate(encoded) if len(item) > limit]
+    report = LengthReport(len(long), limit, on_long)
+    if not long:
+        return list(encoded), list(records), report
+    if on_long == "error":
+        first = long[0]
+        raise UserError(
+            f"{where}: {len(long)} of {len(encoded)} records are longer than {limit} tokens (first: "
+            f"{records[first].origin}, {len(encoded[first])} tokens); set corpus.on_long to truncate or drop"
+        )
+    if on_long == "drop":
+        kept = [(e, r) for e, r in zip(encoded, records, strict=True) if len(e) <= limit]
+    else:
+        kept = [
+            (Encoded(e.ids[:limit], e.answer_start), r)
+            for e, r in zip(encoded, records, strict=True)
+            if len(e) <= limit or e.answer_start < limit
+        ]
+    if not kept:
+        raise UserError(f"{where}: no record is left after corpus.on_long={on_long} at {limit} tokens")
+    return [e for e, _ in kept], [r for _, r in kept], report
+
+
+def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
+    """Right-pad ``encoded`` into one batch."""
+    length = max(len(item) for item in encoded)
+    input_ids = torch.full((len(encoded), length), pad_id, dtype=torch.long)
+    attention = torch.zeros((len(encoded), length), dtype=torch.long)
+    answer = torch.zeros((len(encoded), length), dtype=torch.bool)
+    for row, item in enumerate(encoded):
+        input_ids[row, : len(item)] = torch.tensor(item.ids)
+        attention[row, : len(item)] = 1
+        answer[row, item.answer_start : len(item)] = True
+    return Batch(input_ids, attention, answer)
+
+
+def length_sorted_batches(encoded: Sequence[Encoded], batch_size: int) -> list[list[int]]:
+    """Indices of ``encoded`` in batches of similar length (for scoring, where order does not matter)."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def epoch_order(n: int, epoch: int, seed: int, stream: str) -> list[int]:
+    """A permutation of ``range(n)`` that depends on nothing but its arguments, so any step can be replayed."""
+    order = list(range(n))
+    random.Random(f"{stream} {seed} {epoch}").shuffle(order)
+    return order
+
+
+def batch_indices(n: int, batch_size: int, step: int, seed: int, stream: str) -> list[int]:
+    """The sample indices of batch ``step`` of an endless stream that reshuffles every epoch.
+
+    Every sample is used equally often; a batch may span the end of an epoch, and a set smaller than
+    ``batch_size`` gives batches of its own size rather than repeating a sample within one batch.
+    """
+    size = min(batch_size, n)
+    first = step * size
+    indices = []
+    for position in range(first, first + size):
+        epoch, offset = divmod(position, n)
+        indices.append(epoch_order(n, epoch, seed, stream)[offset])
+    return indices
+
+
+def shuffled_batches(
+    encoded: Sequence[Encoded], batch_size: int, epoch: int, seed: int, window: int = 8
+) -> Iterator[list[int]]:
+    """One epoch of batches of similar length: shuffle, sort by length inside windows, shuffle the batches."""
+    order = epoch_order(len(encoded), epoch, seed, "pretraining")
+    batches = []
+    for start in range(0, len(order), batch_size * window):
+        chunk = sorted(order[start : start + batch_size * window], key=lambda i: len(encoded[i]))
+        batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+    random.Random(f"batches {seed} {epoch}").shuffle(batches)
+    yield from batches

@@ -1,0 +1,1 @@
+"""Gradient combination, optimisers, the training loop and its checkpoints."""

@@ -1,0 +1,1 @@
+"""Model to per-sample scores to numbers."""

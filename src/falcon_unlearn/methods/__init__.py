@@ -1,0 +1,1 @@
+"""One file a method: which forward passes feed which objective."""

@@ -1,0 +1,1 @@
+"""Finding, splitting, loading and patching a decoder."""

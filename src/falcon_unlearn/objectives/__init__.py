@@ -1,0 +1,1 @@
+"""Formulas: tensors in, loss out, never a model."""

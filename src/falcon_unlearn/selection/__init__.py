@@ -1,0 +1,1 @@
+"""Which layer to unlearn at: estimators, their nulls, and trial runs."""
