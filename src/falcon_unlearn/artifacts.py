@@ -85,6 +85,8 @@ class SampleScore:
         accuracy_heldout: the same for the phrasing that was not trained on.
         rouge: ROUGE-L recall of the greedy answer.
         truth_ratio: wrong / right, from mean log-probabilities per token of the perturbed and paraphrased answers.
+        normalised_probability: right / (right + sum of wrong), of geometric-mean probabilities per token, where the
+            record has perturbed answers but no paraphrase; model utility then uses it in place of ``probability``.
     """
 
     set: str
@@ -99,6 +101,7 @@ class SampleScore:
     generation_heldout: str | None = None
     accuracy_heldout: float | None = None
     entity: str | None = None
+    normalised_probability: float | None = None
 
 
 @dataclass(frozen=True)

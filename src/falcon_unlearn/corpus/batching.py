@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 LossMask = Literal["answer", "all"]
@@ -21,6 +20,10 @@ TemplateChoice = Literal["auto", "plain", "chat"]
 LongRecords = Literal["error", "drop", "truncate"]
 
 PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
+
+# Rendered in the answer's place, it shows where the answer begins: not every template opens an answer as it
+# prompts for one (Qwen3 puts an empty thought before it).
+_ANSWER_MARK = "\ue000answer\ue000"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,21 @@ class Encoder:
             return "the tokenizer's chat template"
         return repr(self._before_question + "{question}" + self._before_answer + "{answer}")
 
+    def _render(self, turns: list[dict[str, str]], answer: str, record: Record) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [*turns, {"role": "assistant", "content": answer}], tokenize=False
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"{record.origin}: the tokenizer's chat template refuses this conversation ({error}); "
+                "change its roles or set corpus.template to plain"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
     def _prompt_and_full(self, record: Record, question: str, answer: str) -> tuple[str, str, bool]:
         """Prompt text, full text, and whether an end-of-sequence token must be added."""
         if record.kind == "text":
@@ -113,15 +131,12 @@ class Encoder:
         turns = [{"role": role, "content": content} for role, content in record.messages[:-2]]
         if self.uses_chat_template:
             turns += [{"role": "user", "content": question}]
-            prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            full = self.tokenizer.apply_chat_template(
-                [*turns, {"role": "assistant", "content": answer}], tokenize=False
-            )
-            assert isinstance(prompt, str)
-            assert isinstance(full, str)
-            if not full.startswith(prompt):
-                # Some templates strip the generation prompt or the answer: cut where the answer begins.
-                prompt = full[: full.rindex(answer.strip())]
+            full = self._render(turns, answer, record)
+            prompt, mark, _ = self._render(turns, _ANSWER_MARK, record).rpartition(_ANSWER_MARK)
+            if not (mark and full.startswith(prompt) and answer.strip() in full[len(prompt) :]):
+                raise UserError(
+                    f"{record.origin}: the tokenizer's chat template changes the answer; set corpus.template to plain"
+                )
             return prompt, full, False
         history = "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in turns)
         prompt = history + self._before_question + question + self._before_answer
@@ -132,8 +147,10 @@ class Encoder:
         encoding = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = list(encoding["input_ids"])
         offsets = encoding["offset_mapping"]
-        boundary = len(prompt.rstrip())
-        start = next((i for i, (_, end) in enumerate(offsets) if end > boundary), len(ids))
+        # A space before the answer is part of its first token; a line break is a token of the prompt.
+        boundary = len(prompt.rstrip(" "))
+        # Without a prompt all is answer, the first token too, whose offsets some tokenizers trim to nothing.
+        start = next((i for i, (_, end) in enumerate(offsets) if end > boundary), len(ids)) if boundary else 0
         if self._bos is not None and self._adds_bos:
             lead = next((i for i, token in enumerate(ids) if token != self._bos), len(ids))
             ids = [self._bos, *ids[lead:]]
@@ -197,6 +214,8 @@ def fit_to_context(
 
 def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     """Right-pad ``encoded`` into one batch."""
+    import torch
+
     length = max(len(item) for item in encoded)
     input_ids = torch.full((len(encoded), length), pad_id, dtype=torch.long)
     attention = torch.zeros((len(encoded), length), dtype=torch.long)
@@ -229,11 +248,10 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int, stream: str) ->
     """
     size = min(batch_size, n)
     first = step * size
-    indices = []
-    for position in range(first, first + size):
-        epoch, offset = divmod(position, n)
-        indices.append(epoch_order(n, epoch, seed, stream)[offset])
-    return indices
+    epochs = sorted({position // n for position in range(first, first + size)})
+    stream_part = [index for epoch in epochs for index in epoch_order(n, epoch, seed, stream)]
+    offset = first - epochs[0] * n
+    return stream_part[offset : offset + size]
 
 
 def shuffled_batches(

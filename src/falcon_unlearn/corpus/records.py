@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,8 @@ from falcon_unlearn.errors import UserError
 
 Kind = Literal["text", "qa", "completion", "chat"]
 
-COLUMN_SETS = "text | question+answer | prompt+completion | messages"
+RECORD_COLUMNS = (("text",), ("question", "answer"), ("prompt", "completion"), ("messages",))
+COLUMN_SETS = " | ".join("+".join(columns) for columns in RECORD_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,25 @@ class Record:
         return " ".join((history or self.prompt).split()), " ".join(self.answer.split())
 
 
+def _encodable(text: str, what: str, origin: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell half a surrogate pair, which no tokenizer takes.
+        raise UserError(
+            f"{origin}: {what} holds half of a surrogate pair at character {error.start}: it is no valid Unicode"
+        ) from None
+    return text
+
+
 def _string(row: Mapping[str, Any], column: str, origin: str, *, required: bool = True) -> str | None:
     value = row.get(column)
-    if value is None and not required:
+    if not required and (value is None or (isinstance(value, str) and not value.strip())):
         return None
     if not isinstance(value, str) or (required and not value.strip()):
         shown = "empty" if isinstance(value, str) else f"{type(value).__name__}, not text"
         raise UserError(f"{origin}: column '{column}' is {shown}: fill it in or remove the record")
-    return value
+    return _encodable(value, f"column '{column}'", origin)
 
 
 def _required(row: Mapping[str, Any], column: str, origin: str) -> str:
@@ -59,8 +71,7 @@ def _required(row: Mapping[str, Any], column: str, origin: str) -> str:
 
 def _messages(row: Mapping[str, Any], origin: str) -> tuple[tuple[str, str], ...]:
     value = row["messages"]
-    # Parquet and Arrow hand lists over as arrays.
-    messages = list(value) if hasattr(value, "__iter__") and not isinstance(value, str | Mapping) else []
+    messages = value if isinstance(value, Sequence) and not isinstance(value, str) else []
     if not messages or not all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in messages
@@ -72,19 +83,28 @@ def _messages(row: Mapping[str, Any], origin: str) -> tuple[tuple[str, str], ...
         )
     if len(messages) < 2 or not messages[-1]["content"].strip():
         raise UserError(f"{origin}: 'messages' needs a user turn and a non-empty answer")
-    return tuple((str(m["role"]), str(m["content"])) for m in messages)
+    if messages[-2]["role"] != "user":
+        raise UserError(
+            f"{origin}: the turn before the answer must be the user's, its role is '{messages[-2]['role']}'"
+        )
+    return tuple((m["role"], _encodable(m["content"], "'messages'", origin)) for m in messages)
+
+
+def _perturbed_answers(row: Mapping[str, Any], origin: str) -> tuple[str, ...]:
+    value = row.get("perturbed_answer")
+    if value is None or value == "":
+        return ()
+    answers = [value] if isinstance(value, str) else value
+    if not isinstance(answers, Sequence) or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise UserError(f"{origin}: column 'perturbed_answer' must be a text or a list of texts, none of them empty")
+    return tuple(_encodable(answer, "column 'perturbed_answer'", origin) for answer in answers)
 
 
 def _optional_fields(row: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    wrong = row.get("perturbed_answer")
-    if wrong is None:
-        wrong = []
-    elif isinstance(wrong, str):
-        wrong = [wrong]
     return {
         "value": _string(row, "value", origin, required=False),
         "paraphrased_answer": _string(row, "paraphrased_answer", origin, required=False),
-        "perturbed_answers": tuple(str(answer) for answer in wrong),
+        "perturbed_answers": _perturbed_answers(row, origin),
         "heldout_question": _string(row, "heldout_question", origin, required=False),
         "entity": _string(row, "entity", origin, required=False),
     }

@@ -120,7 +120,7 @@ def train_causal_lm(
             labels = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, 1:] == 0, -100)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()

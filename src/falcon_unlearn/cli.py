@@ -1,0 +1,365 @@
+"""The command line: parse, call, print. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done, 2 the input is wrong or the run was stopped, 1 a defect of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from falcon_unlearn.errors import UserError
+
+if TYPE_CHECKING:
+    from falcon_unlearn.artifacts import LayerSelection, Metrics
+    from falcon_unlearn.pipeline import Run
+
+DESCRIPTION = "Make a language model forget, and show that it did."
+EPILOG = "Start with:  falcon-unlearn demo      Your own data:  falcon-unlearn run RECIPE.yaml"
+
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT})
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="falcon-unlearn", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+
+    def add(name: str, summary: str, handler: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
+        sub.add_argument("--json", action="store_true", help="print machine-readable results on stdout, nothing else")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(handler=handler)
+        return sub
+
+    def folder_state(sub: argparse.ArgumentParser) -> None:
+        state = sub.add_mutually_exclusive_group()
+        state.add_argument("--resume", action="store_true", help="go on in the output folder")
+        state.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
+
+    demo = add("demo", "the whole job on an embedded model and invented people, without any download", _demo)
+    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: runs/demo)")
+    demo.add_argument("--seed", type=int, default=0, help="invents other people and trains other models (default: 0)")
+    demo.add_argument("--retrain", action="store_true", help="train model and oracle from the seed")
+    folder_state(demo)
+
+    run = add("run", "unlearn as a recipe says", _run)
+    layers = add("layers", "select layers as a recipe says, and nothing else", _layers)
+    for sub in (run, layers):
+        sub.add_argument("recipe", metavar="RECIPE.yaml")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. method.preset=paper seed=1")
+        folder_state(sub)
+
+    patch = add("patch", "show, apply, take back or check a patch", _patch)
+    patch.add_argument("action", choices=["info", "apply", "revert", "verify"])
+    patch.add_argument("patch", metavar="PATCH", help="patch folder of a run")
+    patch.add_argument("--model", metavar="BASE", help="checkpoint folder or hub id")
+    patch.add_argument("--out", metavar="DIR", help="where the resulting checkpoint goes (revert: in place without it)")
+    patch.add_argument("--link", action="store_true", help="apply: hard-link untouched files instead of copying them")
+
+    report = add("report", "write report.html of a run folder again", _report)
+    report.add_argument("run", metavar="RUN_DIR")
+
+    add("methods", "list what is built in", _methods)
+    add("doctor", "versions, devices, memory, data: what is there and what to do about what is not", _doctor)
+    return parser
+
+
+def _print_json(value: Any) -> None:
+    from falcon_unlearn.artifacts import to_plain
+
+    print(json.dumps(to_plain(value), indent=2, ensure_ascii=False))
+
+
+_ROWS = (
+    ("forget probability", "forget_probability"),
+    ("forget accuracy", "forget_accuracy"),
+    ("  on held-out phrasing", "forget_accuracy_heldout"),
+    ("forget ROUGE-L", "forget_rouge"),
+    ("forget quality (p)", "forget_quality"),
+    ("model utility", "model_utility"),
+)
+
+
+def metrics_table(metrics: Mapping[str, Metrics | None]) -> str:
+    """The short table: one row a metric, one column a model; a dash where there is no number."""
+
+    def cell(value: float | None) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.2g}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
+
+    columns = [name for name in ("before", "after", "oracle") if metrics.get(name) is not None]
+    lines = [f"{'':24}" + "".join(f"{name:>10}" for name in columns)]
+    for label, key in _ROWS:
+        values = [getattr(metrics[name], key) for name in columns]
+        if any(value is not None for value in values):
+            lines.append(f"{label:24}" + "".join(f"{cell(value):>10}" for value in values))
+    return "\n".join(lines)
+
+
+def selection_table(selection: LayerSelection) -> str:
+    """Scores per candidate layer, mutual information with its nulls, and what they mean."""
+    curve = selection.mutual_information
+    layers = [score.layer for score in selection.scores]
+    by_sweep = selection.selector == "sweep"
+    head = ["layer"] + (["score", "forget left", "retain kept"] if by_sweep else [])
+    head += ["MI (nats)", "null: retain", "null: permuted"] if curve is not None else []
+    rows = [head]
+    for i, layer in enumerate(layers):
+        score = selection.scores[i]
+        row = [f"{layer}{' *' if layer == selection.target_layer else '  '}"]
+        if by_sweep:
+            row += [f"{score.score:.3f}", *(f"{score.details[k]:.3f}" for k in ("forget_left", "retain_kept"))]
+        if curve is not None:
+            row += [f"{v[i]:.2f}" for v in (curve.value, curve.null_retain, curve.null_permutation)]
+        rows.append(row)
+    lines = ["".join(f"{cell:>16}" for cell in row) for row in rows] if layers else []
+    lines += [*selection.notes, f"criterion: {selection.criterion}"]
+    lines.append(f"train layers {', '.join(map(str, selection.layers))}; target layer {selection.target_layer}")
+    return "\n".join(lines)
+
+
+def _print_run(run: Run, *, as_json: bool) -> None:
+    if as_json:
+        _print_json({"output": str(run.folder), "layer_selection": run.selection, "metrics": run.metrics})
+        return
+    print(metrics_table(run.metrics))
+    print(f"\nreport  {run.folder / 'report.html'}\npatch   {run.folder / 'patch'}")
+
+
+def _console(arguments: argparse.Namespace) -> Any:
+    from falcon_unlearn.console import Console
+
+    return Console(quiet=arguments.json)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn import embedded
+    from falcon_unlearn.corpus.fictional import build_world
+    from falcon_unlearn.pipeline import run_recipe
+    from falcon_unlearn.recipe import recipe_from
+    from falcon_unlearn.run_folder import open_run_folder
+
+    console = _console(arguments)
+    out = Path(arguments.out).expanduser().resolve()
+    inputs = out / "inputs"
+    recipe = recipe_from(embedded.demo_recipe(out, inputs, arguments.seed))
+    open_run_folder(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
+    embedded.write_corpora(build_world(arguments.seed), inputs)
+    embedded.write_models(arguments.seed, inputs, retrain=arguments.retrain, say=console.say)
+    run = run_recipe(recipe, resume=arguments.resume, allowed=("inputs",), console=console)
+    _print_run(run, as_json=arguments.json)
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from falcon_unlearn.recipe import load_recipe
+
+    return load_recipe(Path(arguments.recipe), arguments.overrides)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.pipeline import run_recipe
+
+    run = run_recipe(
+        _load(arguments), resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments)
+    )
+    _print_run(run, as_json=arguments.json)
+    return 0
+
+
+def _layers(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.pipeline import select_layers_of
+
+    selection, folder = select_layers_of(
+        _load(arguments), resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments)
+    )
+    if arguments.json:
+        _print_json(selection)
+    else:
+        print(selection_table(selection))
+        print(f"saved   {folder / 'layer_selection.json'}")
+    return 0
+
+
+def _patch(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.model import patch as patches
+
+    patch = patches.read_patch(Path(arguments.patch))
+    if arguments.action == "info":
+        return _patch_info(patch, as_json=arguments.json)
+    if arguments.model is None:
+        raise UserError(f"patch {arguments.action}: --model is needed")
+    model = _checkpoint_folder(arguments.model)
+    if arguments.action == "verify":
+        verified = patches.verify_patch(patch, model)
+        if arguments.json:
+            _print_json(verified)
+        else:
+            print(_STATES[verified.state].format(model=arguments.model))
+            for mismatch in verified.mismatches[:5]:
+                print(f"  {mismatch.name}: {mismatch.reason}")
+        return 0 if verified.state in {"base", "patched"} else 2
+    if arguments.action == "apply":
+        if arguments.out is None:
+            raise UserError("patch apply: --out is needed; the base is never changed")
+        report = patches.apply_patch(patch, model, Path(arguments.out), link=arguments.link)
+    else:
+        report = patches.revert_patch(patch, model, None if arguments.out is None else Path(arguments.out))
+    if arguments.json:
+        _print_json(report)
+    else:
+        done = "patched" if arguments.action == "apply" else "restored"
+        print(f"{done}: {arguments.out or model}")
+        print(
+            f"files: {report.files_rewritten} rewritten, {report.files_copied} copied, "
+            f"{report.files_reflinked} reflinked, {report.files_linked} linked"
+        )
+    return 0
+
+
+def _checkpoint_folder(name: str) -> Path:
+    from falcon_unlearn.model.loading import checkpoint_folder
+
+    return checkpoint_folder(name, Path.cwd(), "--model")
+
+
+_STATES = {
+    "base": "base: {model} is what the patch was made for; it is not applied",
+    "patched": "patched: every touched tensor of {model} is as the patch left it",
+    "mixed": "mixed: some tensors of {model} are patched and some are not",
+    "other": "other: {model} is neither the patch's base nor the patched model",
+}
+
+
+def _patch_info(patch: Any, *, as_json: bool) -> int:
+    original = (patch.folder / "original.safetensors").exists()
+    if as_json:
+        _print_json(
+            {
+                "base_model": patch.base_model,
+                "tensors": patch.tensors,
+                "provenance": patch.provenance,
+                "has_original": original,
+            }
+        )
+        return 0
+    print(f"base model   {patch.base_model}")
+    print(f"tensors      {len(patch.tensors)}")
+    for name, change in patch.tensors.items():
+        print(f"  {name}  {change.dtype} {list(change.shape)}")
+    held = (
+        "kept (revert works; it still holds what was forgotten: do not ship it)" if original else "not in this folder"
+    )
+    print(f"original     {held}")
+    for key, value in patch.provenance.items():
+        if not isinstance(value, Mapping):
+            print(f"{key:12} {value}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.report.html import write_report
+
+    folder = Path(arguments.run)
+    if not (folder / "recipe.yaml").exists():
+        raise UserError(f"report: {folder} is no run folder (it has no recipe.yaml)")
+    path = write_report(folder)
+    if arguments.json:
+        _print_json({"report": str(path)})
+    else:
+        print(path)
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.methods import METHODS
+    from falcon_unlearn.presets import PRESETS
+
+    if arguments.json:
+        _print_json(
+            {"methods": list(METHODS), "attacks": [], "selectors": ["sweep", "mutual_information"], "suites": ["own"]}
+        )
+        return 0
+    for name, entry in METHODS.items():
+        print(f"{name:12} {entry.summary} (presets: {', '.join(PRESETS[name])})")
+    print("selectors    sweep, mutual_information")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.doctor import examine
+
+    found = examine()
+    if arguments.json:
+        _print_json(found)
+        return 0
+    for key, value in found["facts"].items():
+        print(f"{key:22} {value}")
+    for advice in found["advice"]:
+        print(f"! {advice}")
+    if not found["advice"]:
+        print("nothing is missing")
+    return 0
+
+
+def _fail(message: str) -> int:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, allowing overrides to stand behind options too."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    late = [text for text in rest if "=" in text and not text.startswith("-")]
+    if len(late) < len(rest) or (late and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognised: {' '.join(text for text in rest if text not in late or not late) or late[0]}")
+    if late:
+        arguments.overrides = [*arguments.overrides, *late]
+    if arguments.command is None and not arguments.version:
+        parser.error("a command is needed")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``falcon-unlearn``; returns the exit code."""
+    arguments = _parse(argv)
+    if arguments.version:
+        from falcon_unlearn import __version__
+
+        print(__version__)
+        return 0
+    try:
+        return int(arguments.handler(arguments))
+    except UserError as error:
+        if arguments.debug:
+            raise
+        return _fail(str(error))
+    except KeyboardInterrupt as stop:
+        if arguments.debug:
+            raise
+        return _fail(f"{stop or 'stopped'}; go on with the same command and --resume")
+    except OSError as error:
+        if arguments.debug or error.errno not in _DISK_ERRORS:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror}{where}: finished stages are kept; mend that and go on with --resume")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

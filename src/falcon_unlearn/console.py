@@ -1,0 +1,42 @@
+"""What a run says while it works: lines and progress bars, on stderr only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Bar(Protocol):
+    """The part of a progress bar that stages use."""
+
+    def update(self, n: int = 1) -> object:
+        """Count ``n`` more as done."""
+        ...
+
+    def set_postfix_str(self, s: str) -> object:
+        """Show ``s`` behind the bar."""
+        ...
+
+
+@dataclass(frozen=True)
+class Console:
+    """Lines and bars on stderr; ``quiet`` says nothing at all."""
+
+    quiet: bool = False
+
+    def say(self, message: str) -> None:
+        """Print one line."""
+        if not self.quiet:
+            print(message, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def bar(self, total: int, label: str) -> Iterator[Bar]:
+        """A progress bar of ``total`` ticks that disappears when it is done; none where stderr is no terminal."""
+        from tqdm import tqdm
+
+        disable = self.quiet or not sys.stderr.isatty()
+        with tqdm(total=total, desc=label, file=sys.stderr, leave=False, disable=disable) as bar:
+            yield bar

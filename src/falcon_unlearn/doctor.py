@@ -1,0 +1,43 @@
+"""What this machine has, and what to do about what it has not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+EXTRAS = {"scikit-learn": "sklearn", "pytest": "pytest", "hypothesis": "hypothesis"}
+
+
+def examine() -> dict[str, Any]:
+    """Facts and advice, both plain strings."""
+    import torch
+
+    from falcon_unlearn.embedded import cache_folder
+    from falcon_unlearn.pipeline import versions
+
+    facts: dict[str, str] = dict(versions())
+    advice: list[str] = []
+    facts["platform"] = platform.platform()
+    facts["cores"] = str(os.cpu_count())
+    facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    facts["free disk here"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            facts[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    else:
+        facts["accelerator"] = "MPS" if torch.backends.mps.is_available() else "none"
+        if facts["accelerator"] == "none":
+            advice.append("no accelerator: models beyond about 1B parameters will be slow on the CPU")
+    facts["demo cache"] = str(cache_folder())
+    missing = [name for name, module in EXTRAS.items() if importlib.util.find_spec(module) is None]
+    facts["test extra"] = "installed" if not missing else f"missing {', '.join(missing)}"
+    if missing:
+        advice.append("the tests need more: pip install '.[test]'")
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        advice.append("HF_HUB_OFFLINE=1: hub ids work only where they are cached already")
+    return {"facts": facts, "advice": advice}

@@ -1,0 +1,70 @@
+"""The state of a training run in one safetensors file, replaced atomically: no pickle, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from falcon_unlearn.artifacts import write_bytes
+from falcon_unlearn.errors import UserError
+
+
+def save_checkpoint(
+    path: Path, step: int, fingerprint: str, masters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Write masters and optimiser state after ``step`` finished steps.
+
+    Args:
+        path: file to replace.
+        step: number of finished steps.
+        fingerprint: hash of everything that must be equal to go on from here.
+        masters: trained tensors, in the order the optimiser got them.
+        optimizer: its per-parameter state must consist of tensors.
+    """
+    tensors = {f"master/{name}": value.detach().cpu().contiguous() for name, value in masters.items()}
+    for name, parameter in masters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is None:
+                continue
+            assert isinstance(value, Tensor), f"optimizer state {key} is no tensor"
+            tensors[f"optimizer/{key}/{name}"] = value.detach().cpu().contiguous()
+    write_bytes(path, save(tensors, metadata={"state": json.dumps({"step": step, "fingerprint": fingerprint})}))
+
+
+def load_checkpoint(
+    path: Path, fingerprint: str, masters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> int:
+    """Put a saved state into ``masters`` and ``optimizer``; return the number of finished steps.
+
+    Raises:
+        UserError: the file is damaged or belongs to another recipe, model or corpus.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            state = json.loads((handle.metadata() or {})["state"])
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a usable checkpoint ({error}); start again with --overwrite") from error
+    if state["fingerprint"] != fingerprint:
+        raise UserError(f"{path}: belongs to a run with another recipe, model or data; start again with --overwrite")
+    with torch.no_grad():
+        for name, parameter in masters.items():
+            parameter.copy_(tensors[f"master/{name}"])
+    for name, parameter in masters.items():
+        saved = {
+            key.split("/", 2)[1]: value
+            for key, value in tensors.items()
+            if key.startswith("optimizer/") and key.split("/", 2)[2] == name
+        }
+        if saved:
+            # Optimisers keep their step count on the CPU and moments beside the parameter.
+            optimizer.state[parameter] = {
+                key: value if value.ndim == 0 else value.to(parameter.device) for key, value in saved.items()
+            }
+    return int(state["step"])

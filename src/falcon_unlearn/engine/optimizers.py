@@ -1,0 +1,135 @@
+"""AdamW, SGD and Sophia on fp32 masters.
+
+Sophia (Liu et al., ICLR 2024) divides momentum by a diagonal curvature estimate and clips each coordinate to the
+learning rate:  ``theta -= lr * sign(m) * min(|m| / (rho * scale * h + eps), 1)``.  What ``h`` is differs:
+
+================  ===================================================================================
+published_code    FALCON's (zetascale's SophiaG): squared combined gradient every step, momentum updated
+                  twice a step, scale 5120. Unclipped steps shrink as gradients grow.
+ema_grad2         squared combined gradient every ``hessian_every`` steps, momentum once, scale = batch size:
+                  the empirical-Fisher form of the paper's estimator (labels are not resampled).
+none              h = 0: every step is clipped, sign descent with momentum.
+================  ===================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from falcon_unlearn.config import Section
+
+Hessian = Literal["published_code", "ema_grad2", "none"]
+
+_PUBLISHED_SCALE = 5120
+_REFERENCE_WIDTH = 128
+
+
+class OptimizerConfig(Section):
+    """Which optimiser, and its settings."""
+
+    name: Literal["adamw", "sgd", "sophia"] = "adamw"
+    """adamw, sgd (with momentum betas[0]) or sophia."""
+    lr: float | Literal["auto"] = "auto"
+    """Learning rate; auto takes lr_at_width_128 * 128 / hidden size."""
+    lr_at_width_128: float = Field(1e-2, gt=0)
+    """Reference of lr: auto. An Adam-like step changes a layer's output in proportion to its width."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of momentum and second moment (Sophia's usual: 0.965, 0.99)."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    hessian: Hessian = "ema_grad2"
+    """Sophia's curvature estimate."""
+    rho: float = Field(0.04, gt=0)
+    """Sophia's clipping factor."""
+    hessian_every: int = Field(10, ge=1)
+    """ema_grad2: steps between curvature estimates."""
+
+
+def learning_rate(config: OptimizerConfig, hidden_size: int) -> float:
+    """Resolve ``lr: auto`` for a model of width ``hidden_size``."""
+    if config.lr == "auto":
+        return config.lr_at_width_128 * _REFERENCE_WIDTH / hidden_size
+    return config.lr
+
+
+class Sophia(torch.optim.Optimizer):
+    """Sophia with the curvature estimates of the module's table.
+
+    Args:
+        parameters: fp32 leaves.
+        lr: largest change of a weight per step.
+        betas: decay of momentum and of the curvature.
+        rho: clipping factor.
+        weight_decay: decoupled.
+        hessian: curvature estimate.
+        scale: factor on the curvature (batch size).
+        hessian_every: steps between estimates, for ``ema_grad2``.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.965, 0.99),
+        rho: float = 0.04,
+        weight_decay: float = 0.0,
+        hessian: Hessian = "ema_grad2",
+        scale: float = 1.0,
+        hessian_every: int = 10,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        self._hessian = hessian
+        self._rho_scale = rho * (_PUBLISHED_SCALE if hessian == "published_code" else scale)
+        self._every = 1 if hessian == "published_code" else hessian_every
+        self._momentum_updates = 2 if hessian == "published_code" else 1
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update from the parameters' ``.grad``."""
+        assert closure is None
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["momentum"] = torch.zeros_like(p)
+                    state["hessian"] = torch.zeros_like(p)
+                momentum, curvature = state["momentum"], state["hessian"]
+                if self._hessian != "none" and int(state["step"]) % self._every == 0:
+                    curvature.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                for _ in range(self._momentum_updates):
+                    momentum.mul_(beta1).add_(p.grad, alpha=1 - beta1)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                ratio = (momentum.abs() / (self._rho_scale * curvature + 1e-15)).clamp_(max=1)
+                p.addcmul_(momentum.sign(), ratio, value=-group["lr"])
+                state["step"] += 1
+
+
+def build_optimizer(
+    config: OptimizerConfig, parameters: Iterable[Tensor], *, hidden_size: int, batch_size: int
+) -> torch.optim.Optimizer:
+    """The configured optimiser over ``parameters``."""
+    lr = learning_rate(config, hidden_size)
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+    if config.name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=config.betas[0], weight_decay=config.weight_decay)
+    return Sophia(
+        parameters,
+        lr=lr,
+        betas=config.betas,
+        rho=config.rho,
+        weight_decay=config.weight_decay,
+        hessian=config.hessian,
+        scale=batch_size,
+        hessian_every=config.hessian_every,
+    )

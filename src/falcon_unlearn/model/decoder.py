@@ -1,0 +1,218 @@
+"""Find a decoder's layer stack, and run only the part of it that training needs.
+
+A representation method trains layers ``first..target`` and looks at the output of ``target``. Below ``first``
+nothing changes, so that prefix runs once without gradients for both the frozen and the updated model; above
+``target`` nothing is needed, so it never runs. The trained layers are called functionally with fp32 masters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from falcon_unlearn.corpus.batching import Batch
+from falcon_unlearn.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ATTENTION = ("attn", "attention")
+_MLP = ("mlp", "feed_forward", "feedforward", "ffn", "moe", "experts", "fc1", "fc2")
+_MLP_OUTPUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "w2", "fc_out")
+_ROUTERS = ("gate.weight", "router.weight", "gate.wg.weight")
+
+
+def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The decoder's layer stack: its qualified name and the list itself.
+
+    It is the module list with the most parameters whose members are all of one class and as many as the config
+    says.
+
+    Raises:
+        UserError: nothing in the model looks like a layer stack.
+    """
+    expected = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    found = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == expected
+        and len({type(member) for member in module}) == 1
+    ]
+    if not found:
+        raise UserError(f"model: no stack of {expected} decoder layers found in {type(model).__name__}: not supported")
+    _, name, layers = max(found, key=lambda item: item[0])
+    return name, layers
+
+
+def scope_parameters(layer: nn.Module, modules: str | Sequence[str]) -> list[str]:
+    """Names of the parameters of one layer that ``modules`` selects.
+
+    Args:
+        layer: a decoder layer.
+        modules: ``mlp`` (its matrices without a router), ``down_proj`` (its output matrices), ``attention``,
+            ``all``, or a list of name endings such as ``["self_attn.o_proj"]``.
+
+    Raises:
+        UserError: nothing matches; the message lists what there is.
+    """
+    parameters = dict(layer.named_parameters())
+    matrices = [n for n, p in parameters.items() if p.ndim >= 2 and not n.endswith(_ROUTERS)]
+    attention = [n for n in matrices if any(part in n.lower() for part in _ATTENTION)]
+    mlp = [n for n in matrices if n not in attention and any(part in n.lower() for part in _MLP)]
+    table = {
+        "all": list(parameters),
+        "attention": attention,
+        "mlp": mlp,
+        "down_proj": [n for n in mlp if n.removesuffix(".weight").split(".")[-1] in _MLP_OUTPUT],
+    }
+    if isinstance(modules, str):
+        chosen = table.get(modules, [])
+    else:
+        chosen = [n for n in parameters if n.removesuffix(".weight").endswith(tuple(modules))]
+    if not chosen:
+        raise UserError(
+            f"training.modules: {modules!r} matches nothing in {type(layer).__name__}: {', '.join(parameters)}"
+        )
+    return chosen
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments a layer was called with, without the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One batch, run through everything that does not change.
+
+    Attributes:
+        hidden: input of the first trained layer, ``(batch, length, hidden)``.
+        calls: remaining arguments of each layer from the first trained one to the target.
+        frozen: the original model's output at the target layer, ``(batch, length, hidden)``.
+    """
+
+    hidden: Tensor
+    calls: tuple[LayerCall, ...]
+    frozen: Tensor
+
+
+class _TargetReachedError(Exception):
+    pass
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states in a decoder layer's output: a tensor, or (in some architectures) a tuple led by it."""
+    result = output[0] if isinstance(output, tuple) else output
+    assert isinstance(result, Tensor)
+    return result
+
+
+class SplitDecoder:
+    """A decoder cut into frozen prefix, trained layers and an unused rest.
+
+    Args:
+        model: any decoder from transformers, with at least ``target + 1`` layers; it is never modified.
+        layers: indices of the trained layers; the largest is the target. Layers between them run frozen.
+        modules: which of their parameters are trained, see :func:`scope_parameters`.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], modules: str | Sequence[str]) -> None:
+        self.model = model
+        self.stack_name, stack = find_layers(model)
+        self.layers = tuple(sorted(layers))
+        assert self.layers[0] >= 0
+        assert self.layers[-1] < len(stack)
+        self.first, self.target = self.layers[0], self.layers[-1]
+        self._span = [stack[i] for i in range(self.first, self.target + 1)]
+        self._scopes = {i: scope_parameters(stack[i], modules) for i in self.layers}
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.config.get_text_config(decoder=True).hidden_size)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the trained tensors, as the model knows them."""
+        return tuple(f"{self.stack_name}.{i}.{name}" for i in self.layers for name in self._scopes[i])
+
+    def masters(self) -> dict[str, Tensor]:
+        """Fresh fp32 leaf copies of the trained tensors, by :attr:`parameter_names`."""
+        parameters = dict(self.model.named_parameters())
+        return {
+            name: parameters[name].detach().to(torch.float32, copy=True).requires_grad_()
+            for name in self.parameter_names
+        }
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Prepared:
+        """Run the original model up to the target layer and keep what :meth:`updated` needs."""
+        calls: list[LayerCall] = []
+        hidden: list[Tensor] = []
+        outputs: list[Tensor] = []
+
+        def keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = dict(kwargs)
+            states = args[0] if args else rest.pop("hidden_states")
+            if not hidden:
+                hidden.append(states)
+            calls.append(LayerCall(tuple(args[1:]), rest))
+
+        def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            outputs.append(first_tensor(output))
+            raise _TargetReachedError
+
+        handles = [layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in self._span]
+        handles.append(self._span[-1].register_forward_hook(stop))
+        try:
+            self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        except _TargetReachedError:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Prepared(hidden[0], tuple(calls), outputs[0])
+
+    def updated(self, prepared: Prepared, masters: Mapping[str, Tensor]) -> Tensor:
+        """Output of the target layer with ``masters`` in place of the original tensors, with gradients.
+
+        Returns:
+            ``(batch, length, hidden)``.
+        """
+        hidden = prepared.hidden
+        for index, (layer, call) in enumerate(zip(self._span, prepared.calls, strict=True), start=self.first):
+            prefix = f"{self.stack_name}.{index}."
+            names = self._scopes.get(index, [])
+            weights = {name: masters[prefix + name].to(hidden.dtype) for name in names}
+            hidden = first_tensor(functional_call(layer, weights, (hidden, *call.args), dict(call.kwargs)))
+        return hidden
+
+
+@contextlib.contextmanager
+def replaced(model: PreTrainedModel, masters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block ``model`` computes with ``masters`` (cast to its dtype); after it, with its own tensors."""
+    parameters = dict(model.named_parameters())
+    kept = {name: parameters[name].data for name in masters}
+    try:
+        for name, value in masters.items():
+            parameters[name].data = value.detach().to(parameters[name])
+        yield
+    finally:
+        for name, value in kept.items():
+            parameters[name].data = value
+
+
+def renamed_to(model: PreTrainedModel, stack_name: str, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate names under ``stack_name`` to those of another load of the same model (with or without head)."""
+    name, _ = find_layers(model)
+    return {name + key.removeprefix(stack_name): value for key, value in masters.items()}

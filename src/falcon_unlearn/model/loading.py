@@ -1,0 +1,242 @@
+"""Load what is used and nothing more: a folder or hub id, its config, its first N decoder layers, its tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from falcon_unlearn.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+
+_CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_REMOTE_CODE_FILES = ["*.py"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model lies (``folder``, resolved) and how it is to be loaded."""
+
+    name: str
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype | None
+    trust_remote_code: bool = False
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: the named device is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device '{device}' cannot be used ({reason}): set device to auto or cpu") from error
+
+
+def resolve_model(
+    name: str,
+    base_dir: Path,
+    *,
+    device: str = "auto",
+    dtype: DTypeChoice = "auto",
+    trust_remote_code: bool = False,
+    key: str = "model",
+) -> ModelSource:
+    """Find ``name`` as a local folder (beside the recipe or from the current directory), else as a hub id.
+
+    Args:
+        name: folder or hub id.
+        base_dir: folder that relative paths start from.
+        device: ``auto`` or a torch device.
+        dtype: ``auto`` keeps the checkpoint's on accelerators and computes in fp32 on the CPU.
+        trust_remote_code: run Python that comes with the model.
+        key: recipe key, for messages.
+
+    Raises:
+        UserError: no such folder or id, or no network.
+    """
+    target = resolve_device(device)
+    chosen = None if dtype == "auto" and target.type != "cpu" else torch.float32
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+    return ModelSource(
+        name,
+        checkpoint_folder(name, base_dir, key, trust_remote_code=trust_remote_code),
+        target,
+        chosen,
+        trust_remote_code,
+    )
+
+
+def checkpoint_folder(name: str, base_dir: Path, key: str, *, trust_remote_code: bool = False) -> Path:
+    """The local folder of a model: one that exists, or the snapshot of a hub id.
+
+    Raises:
+        UserError: neither is to be had; ``key`` (of the recipe or the command line) is named.
+    """
+    path = Path(name).expanduser()
+    for candidate in (base_dir / path, path):
+        if candidate.is_dir():
+            if not (candidate / "config.json").is_file():
+                raise UserError(f"{key}: {candidate} has no config.json, so it is no Hugging Face model folder")
+            return candidate.resolve()
+        if candidate.is_file():
+            raise UserError(f"{key}: {candidate} is a file; give the model's folder")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{key}: folder {name} does not exist")
+    from huggingface_hub import snapshot_download
+
+    patterns = _CHECKPOINT_FILES + (_REMOTE_CODE_FILES if trust_remote_code else [])
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{key}: '{name}' is no local folder and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {reason}); gated models need acceptance at https://huggingface.co/{name}"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No load reports or weight progress bars: unexpected tensors above the cut are meant to be left out."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def load_config(source: ModelSource) -> PreTrainedConfig:
+    """Read ``config.json``.
+
+    Raises:
+        UserError: the architecture is unknown to this transformers version, or is not a decoder.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"model: {source.name} has an architecture that cannot be loaded ({reason})") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model: {source.name} is an encoder-decoder ({config.model_type}); only decoders can be unlearned"
+        )
+    return config
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a (possibly multi-modal) config that describes the decoder."""
+    result: PreTrainedConfig = config.get_text_config(decoder=True)
+    return result
+
+
+def number_of_layers(config: PreTrainedConfig) -> int:
+    """How many decoder layers the model has.
+
+    Raises:
+        UserError: the config does not say.
+    """
+    count = getattr(text_config(config), "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise UserError(f"model: architecture '{config.model_type}' has no num_hidden_layers; it is not supported")
+    return count
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Longest sequence in tokens, or None where the config names no limit."""
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def _load(source: ModelSource, config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
+    if not any(source.folder.glob("*.safetensors")):
+        raise UserError(f"model: {source.folder} holds no .safetensors weights; load it once and save_pretrained() it")
+    try:
+        with quiet_transformers():
+            model: PreTrainedModel = auto_class.from_pretrained(
+                source.folder,
+                config=config,
+                dtype=source.dtype or "auto",
+                trust_remote_code=source.trust_remote_code,
+                use_safetensors=True,
+            )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"model: {source.name} could not be loaded ({type(error).__name__}: {reason})") from error
+    model.requires_grad_(False)
+    model.eval()
+    model.to(source.device)
+    return model
+
+
+def load_causal_lm(source: ModelSource) -> PreTrainedModel:
+    """The whole model with its language-model head, frozen, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(source, load_config(source), AutoModelForCausalLM)
+
+
+def load_first_layers(source: ModelSource, count: int) -> PreTrainedModel:
+    """Embeddings and the first ``count`` decoder layers only: no later layer, no head is read.
+
+    Never ``save_pretrained`` the result: it is not the whole model.
+    """
+    from transformers import AutoModel
+
+    config = load_config(source)
+    text = text_config(config)
+    total = number_of_layers(config)
+    if not 1 <= count <= total:
+        raise UserError(f"model: {source.name} has {total} layers, {count} were asked for")
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types is not None:
+        text.layer_types = list(layer_types)[:count]
+    text.num_hidden_layers = count
+    return _load(source, config, AutoModel)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source.folder, trust_remote_code=source.trust_remote_code
+            )
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model: {source.name} has no usable tokenizer ({reason})") from error
+    return tokenizer

@@ -1,0 +1,404 @@
+"""Run the stages in order, each reading and writing the run folder; with ``resume`` finished stages are read back."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from falcon_unlearn.artifacts import LayerSelection, Metrics, SampleScore, StepRecord, read_jsonl, to_plain, write_json
+from falcon_unlearn.console import Console
+from falcon_unlearn.corpus.batching import Encoder
+from falcon_unlearn.corpus.records import Record
+from falcon_unlearn.corpus.sources import Corpus, load_corpus
+from falcon_unlearn.engine.trainer import CheckpointPlan, InterruptedTrainingError
+from falcon_unlearn.evaluation.metrics import FORGET_SET, compute_metrics
+from falcon_unlearn.model.decoder import renamed_to, replaced
+from falcon_unlearn.model.disk_names import TORCH_DTYPES, to_disk
+from falcon_unlearn.model.loading import (
+    ModelSource,
+    load_causal_lm,
+    load_config,
+    load_first_layers,
+    load_tokenizer,
+    resolve_model,
+    text_config,
+)
+from falcon_unlearn.model.patch import Patch, read_patch, write_patch
+from falcon_unlearn.model.shards import tensor_spans
+from falcon_unlearn.recipe import Recipe
+from falcon_unlearn.report.html import write_report
+from falcon_unlearn.run_folder import RunFolder, open_run_folder, start_run
+from falcon_unlearn.stages import (
+    EncodedCorpus,
+    as_stored,
+    check_layers,
+    describe_training,
+    encode_corpus,
+    evaluation_sets,
+    score_model,
+    select_layers,
+    unlearn_layers,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: where everything is.
+        selection: the layers that were trained.
+        metrics: ``before``, ``after`` and ``oracle`` (None without one).
+        patch: the patch in ``folder/patch``.
+    """
+
+    folder: Path
+    selection: LayerSelection
+    metrics: Mapping[str, Metrics | None]
+    patch: Patch
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by the user; the message says how to go on."""
+
+
+@dataclass
+class _Inputs:
+    """Everything a recipe names, found, read and checked before anything is written."""
+
+    recipe: Recipe
+    source: ModelSource
+    config: PreTrainedConfig
+    encoder: Encoder
+    corpus: Corpus
+    encoded: EncodedCorpus
+    sets: Mapping[str, Sequence[Record]]
+    oracle: ModelSource | None
+    on_disk: Mapping[str, Any]
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Remember how long a stage took."""
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - began, 3)
+
+
+def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
+    base_dir = Path.cwd()
+    corpus = load_corpus(recipe.corpus, base_dir)
+    source = resolve_model(
+        recipe.model,
+        base_dir,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    oracle = None
+    if recipe.evaluation.oracle is not None:
+        oracle = resolve_model(
+            recipe.evaluation.oracle,
+            base_dir,
+            device=recipe.device,
+            dtype=recipe.dtype,
+            trust_remote_code=recipe.trust_remote_code,
+            key="evaluation.oracle",
+        )
+    config = load_config(source)
+    check_layers(recipe, config)
+    on_disk = tensor_spans(source.folder)
+    encoder = Encoder(
+        load_tokenizer(source), template=recipe.corpus.template, plain_template=recipe.corpus.plain_template
+    )
+    encoded = encode_corpus(recipe, corpus, encoder, config)
+    sets = evaluation_sets(recipe, corpus, base_dir)
+    return _Inputs(recipe, source, config, encoder, corpus, encoded, sets, oracle, on_disk, console)
+
+
+def _corpus_facts(inputs: _Inputs) -> dict[str, Any]:
+    return {
+        "report": inputs.corpus.report,
+        "lengths": inputs.encoded.lengths,
+        "template": inputs.encoder.describe(),
+        "loss_mask": inputs.encoded.loss_mask,
+        "hashes": inputs.corpus.hashes,
+        "scored_records": {name: len(records) for name, records in inputs.sets.items()},
+    }
+
+
+def _say_corpus(inputs: _Inputs) -> None:
+    report, say = inputs.corpus.report, inputs.console.say
+    say("corpus: " + ", ".join(f"{count} {name}" for name, count in report.records.items()))
+    duplicates = {name: n for name, n in report.duplicates.items() if n}
+    if duplicates:
+        say("exact duplicates, kept once: " + ", ".join(f"{n} in {name}" for name, n in duplicates.items()))
+    if report.overlap:
+        say(f"{report.overlap} records stand in both forget and retain: {report.on_overlap}")
+    for name, length in inputs.encoded.lengths.items():
+        if length.longer:
+            say(f"{name}: {length.longer} records longer than {length.limit} tokens: {length.action}")
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fingerprint(inputs: _Inputs, selection: LayerSelection, masters: Mapping[str, Tensor]) -> str:
+    """Hash of all that decides a training run: equal fingerprints may share a checkpoint."""
+    recipe = inputs.recipe.model_dump(mode="json", include={"corpus", "method", "training", "seed", "dtype"})
+    parts = [recipe, dict(inputs.corpus.hashes), selection.layers, _hash_of(masters)]
+    return hashlib.sha256(json.dumps(to_plain(parts), sort_keys=True).encode()).hexdigest()
+
+
+class _TrainingLog:
+    """``training.jsonl``, one line a step; on resume, lines of steps that are done again are dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def start(self, done: int) -> None:
+        kept = []
+        if self._path.exists() and done:
+            kept = [json.dumps(row) + "\n" for row in read_jsonl(self._path) if row["step"] < done]
+        self._path.write_text("".join(kept), encoding="utf-8")
+
+    def add(self, record: StepRecord) -> None:
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(to_plain(record)) + "\n")
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """The trained tensors, rounded as they are on disk, under the names of the model they were trained in."""
+
+    stack: str
+    tensors: Mapping[str, Tensor]
+    patch: Patch
+
+
+def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool) -> _Trained:
+    recipe = inputs.recipe
+    model = load_first_layers(inputs.source, selection.target_layer + 1)
+    log = _TrainingLog(folder / "training.jsonl")
+    inputs.console.say("training: " + describe_training(recipe, text_config(inputs.config).hidden_size))
+
+    with inputs.console.bar(recipe.training.steps, "unlearning") as bar:
+
+        def plan(masters: Mapping[str, Tensor]) -> CheckpointPlan:
+            fingerprint = _fingerprint(inputs, selection, masters)
+            return CheckpointPlan(folder / "checkpoint.safetensors", fingerprint, resume=resume)
+
+        def on_step(record: StepRecord) -> None:
+            log.add(record)
+            bar.update()
+            bar.set_postfix_str(f"forget {record.forget_loss:.3f}, retain {record.retain_loss:.4f}")
+
+        def on_resume(done: int) -> None:
+            log.start(done)
+            bar.update(done)
+
+        decoder, masters = unlearn_layers(
+            recipe, model, inputs.encoded, selection, checkpoint=plan, on_step=on_step, on_resume=on_resume
+        )
+    dtypes = {
+        name: TORCH_DTYPES.get(inputs.on_disk[stored].dtype, torch.float32)
+        for name, value in masters.items()
+        for stored in to_disk(model, {name: value}, inputs.on_disk)
+    }
+    patch = write_patch(
+        folder / "patch",
+        inputs.source.folder,
+        to_disk(model, masters, inputs.on_disk),
+        recipe.model,
+        {
+            "recipe": recipe.model_dump(mode="json"),
+            "data": dict(inputs.corpus.hashes),
+            "layers": list(selection.layers),
+            "seed": recipe.seed,
+            "versions": versions(),
+        },
+    )
+    return _Trained(decoder.stack_name, as_stored(masters, dtypes), patch)
+
+
+def _score(
+    inputs: _Inputs, folder: RunFolder, name: str, model: PreTrainedModel
+) -> Mapping[str, Sequence[SampleScore]]:
+    inputs.console.say(f"scoring: {name}")
+    with inputs.timed(f"score_{name}"):
+        scores = score_model(model, inputs.encoder, inputs.sets, inputs.recipe, inputs.console)
+    folder.write_scores(name, scores)
+    return scores
+
+
+def _select(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedModel]) -> LayerSelection:
+    selection = folder.read_selection()
+    if selection is None:
+        inputs.console.say("selecting layers")
+        with inputs.timed("layer_selection"):
+            selection = select_layers(inputs.recipe, model(), inputs.encoded, inputs.console)
+        folder.write_selection(selection)
+    inputs.console.say(f"layers {', '.join(map(str, selection.layers))} ({selection.selector})")
+    return selection
+
+
+def _before_and_selection(
+    inputs: _Inputs, folder: RunFolder
+) -> tuple[Mapping[str, Sequence[SampleScore]], LayerSelection]:
+    """Both look at the original model, which is loaded at most once and let go afterwards."""
+    loaded: list[PreTrainedModel] = []
+
+    def model() -> PreTrainedModel:
+        if not loaded:
+            loaded.append(load_causal_lm(inputs.source))
+        return loaded[0]
+
+    before = folder.read_scores("before") or _score(inputs, folder, "before", model())
+    return before, _select(inputs, folder, model)
+
+
+def _after(
+    inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool
+) -> tuple[Mapping[str, Sequence[SampleScore]], Patch]:
+    after = folder.read_scores("after")
+    if after is not None and (folder / "patch").exists():
+        return after, read_patch(folder / "patch")
+    with inputs.timed("training"):
+        trained = _train(inputs, folder, selection, resume=resume)
+    gc.collect()
+    model = load_causal_lm(inputs.source)
+    with replaced(model, renamed_to(model, trained.stack, trained.tensors)):
+        return _score(inputs, folder, "after", model), trained.patch
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allowed: Sequence[str] = (),
+    console: Console | None = None,
+) -> Run:
+    """Do the whole job: score, select layers, unlearn, write the patch, score again, report.
+
+    Args:
+        recipe: from :func:`falcon_unlearn.recipe.load_recipe` or :func:`~falcon_unlearn.recipe.recipe_from`.
+        resume: go on in the recipe's output folder; finished stages are read back.
+        overwrite: remove an earlier run from it first.
+        allowed: names that may already stand in the output folder.
+        console: where progress goes; None is silent.
+
+    Raises:
+        UserError: anything wrong with recipe, data, model or output folder; nothing was written then.
+        Interrupted: Ctrl-C; finished stages and the training state are kept.
+    """
+    started = datetime.now(UTC)
+    inputs = _read_inputs(recipe, console or Console(quiet=True))
+    folder = open_run_folder(recipe, resume=resume, overwrite=overwrite, allowed=allowed)
+    start_run(folder, recipe, _corpus_facts(inputs))
+    _say_corpus(inputs)
+    try:
+        before, selection = _before_and_selection(inputs, folder)
+        after, patch = _after(inputs, folder, selection, resume=resume)
+        oracle: Mapping[str, Sequence[SampleScore]] | None = None
+        if inputs.oracle is not None:
+            oracle = folder.read_scores("oracle") or _score(inputs, folder, "oracle", load_causal_lm(inputs.oracle))
+    except InterruptedTrainingError as stop:
+        raise Interrupted(f"stopped after training step {stop.step}; everything so far is in {folder.path}") from stop
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"stopped; finished stages are in {folder.path}") from stop
+    oracle_forget = oracle[FORGET_SET] if oracle is not None else None
+    metrics = {
+        "before": compute_metrics(before, oracle_forget),
+        "after": compute_metrics(after, oracle_forget),
+        "oracle": compute_metrics(oracle, oracle_forget) if oracle is not None else None,
+    }
+    folder.write_metrics(metrics)
+    _write_provenance(inputs, folder, started)
+    write_report(folder.path, samples=recipe.report.samples)
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    return Run(folder.path, selection, metrics, patch)
+
+
+def select_layers_of(
+    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, console: Console | None = None
+) -> tuple[LayerSelection, Path]:
+    """Layer selection alone; a later ``run --resume`` of the same recipe goes on from it.
+
+    Returns:
+        The selection and the run folder it was written to.
+
+    Raises:
+        UserError: as :func:`run_recipe`.
+        Interrupted: Ctrl-C.
+    """
+    started = datetime.now(UTC)
+    inputs = _read_inputs(recipe, console or Console(quiet=True))
+    folder = open_run_folder(recipe, resume=resume, overwrite=overwrite)
+    start_run(folder, recipe, _corpus_facts(inputs))
+    _say_corpus(inputs)
+    try:
+        selection = _select(inputs, folder, lambda: load_causal_lm(inputs.source))
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"stopped; nothing was selected yet, {folder.path} can be resumed") from stop
+    _write_provenance(inputs, folder, started)
+    return selection, folder.path
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    from importlib.metadata import version
+
+    packages = ("falcon-unlearn", "torch", "transformers", "tokenizers", "safetensors", "datasets", "scipy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _write_provenance(inputs: _Inputs, folder: RunFolder, started: datetime) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write_json(
+        folder / "provenance.json",
+        {
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seed": inputs.recipe.seed,
+            "model": {
+                "name": inputs.source.name,
+                "folder": str(inputs.source.folder),
+                "type": inputs.config.model_type,
+                "parameters": sum(math.prod(span.shape) for span in inputs.on_disk.values()),
+            },
+            "method": {"name": inputs.recipe.method.name, "preset": inputs.recipe.method.preset},
+            "data": dict(inputs.corpus.hashes),
+            "device": str(inputs.source.device),
+            "dtype": str(inputs.source.dtype or "checkpoint's"),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
+            "stage_seconds": inputs.seconds,
+            "versions": versions(),
+        },
+    )

@@ -1,0 +1,315 @@
+"""What a run is: a recipe in YAML, with ``a.b=c`` overrides, validated as a whole before anything starts."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from falcon_unlearn.artifacts import write_bytes
+from falcon_unlearn.config import Section
+from falcon_unlearn.corpus.sources import CorpusConfig, SourceConfig
+from falcon_unlearn.engine.trainer import TrainingConfig
+from falcon_unlearn.errors import UserError, did_you_mean
+from falcon_unlearn.methods import METHODS, FalconConfig, MethodConfig
+from falcon_unlearn.model.loading import DTypeChoice
+from falcon_unlearn.presets import PRESETS, deep_merge
+from falcon_unlearn.selection.mutual_information import MutualInformationConfig
+from falcon_unlearn.selection.sweep import SweepConfig
+
+
+class SelectionConfig(Section):
+    """Which layers are trained."""
+
+    layers: Literal["auto"] | tuple[int, ...] = "auto"
+    """auto, or layer indices from 0; the largest is the target layer."""
+    selector: Literal["sweep", "mutual_information"] = "sweep"
+    """How auto chooses the target layer."""
+    span: int = Field(1, ge=1)
+    """auto: train the target layer and the span - 1 layers below it."""
+    candidates: tuple[int, ...] | None = None
+    """Layers to choose from; empty: at most max_candidates, evenly spaced."""
+    max_candidates: int = Field(8, ge=1)
+    """Where candidates is empty."""
+    show_mutual_information: bool = True
+    """Estimate mutual information and its nulls too when the sweep chooses."""
+    sweep: SweepConfig = SweepConfig()
+    """Trial runs of the sweep selector."""
+    mutual_information: MutualInformationConfig = MutualInformationConfig()
+    """The published estimator."""
+
+    @model_validator(mode="after")
+    def _layers_are_usable(self) -> SelectionConfig:
+        for name, layers in (("layers", self.layers), ("candidates", self.candidates)):
+            if isinstance(layers, tuple) and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+                raise ValueError(f"{name} needs at least one layer index, from 0, none twice")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What the models before and after (and the oracle) are scored on."""
+
+    forget: SourceConfig | None = None
+    """Forget questions; empty: the forget corpus itself."""
+    retain: SourceConfig | None = None
+    """Retain questions; empty: the retain corpus itself."""
+    utility: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Further sets that should stay as they are; all of them and retain make up model_utility."""
+    oracle: str | None = None
+    """A model that never saw the forget data (folder or hub id); needed for forget_quality."""
+    batch_size: int = Field(32, ge=1)
+    """Records per forward pass."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest generated answer."""
+    max_records: int | None = Field(400, ge=1)
+    """Score at most so many records of a set, drawn with the seed; empty: all."""
+
+
+class ReportConfig(Section):
+    """report.html."""
+
+    samples: int = Field(12, ge=0)
+    """Generations shown side by side, per set."""
+
+
+class Recipe(Section):
+    """A whole run. See the sections for their keys."""
+
+    model: str = Field(min_length=1)
+    """Folder or hub id of a causal language model."""
+    corpus: CorpusConfig
+    """What to forget and what to keep."""
+    method: MethodConfig = FalconConfig()
+    """The unlearning method and its knobs."""
+    output: str = Field(min_length=1)
+    """Run folder, from the current directory."""
+    selection: SelectionConfig = SelectionConfig()
+    """Which layers are trained."""
+    training: TrainingConfig = TrainingConfig()
+    """How long and with which optimiser."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is scored."""
+    report: ReportConfig = ReportConfig()
+    """What the report shows."""
+    seed: int = 0
+    """Everything random follows from it."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: DTypeChoice = "auto"
+    """Of the frozen weights; trained tensors have fp32 masters anyway."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+def _override_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    """``a.b=c`` -> ``(("a", "b"), c)``; the value is read as YAML.
+
+    Raises:
+        UserError: no ``=``, or an empty key.
+    """
+    key, sign, value = text.partition("=")
+    path = tuple(key.strip().split("."))
+    if not sign or not all(path):
+        raise UserError(f"override '{text}': write it as key=value or section.key=value")
+    return path, _override_value(value)
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Lay overrides on a raw recipe; ``method=rmu`` is short for ``method.name=rmu``."""
+    result = dict(raw)
+    for text in overrides:
+        path, value = parse_override(text)
+        if path == ("method",) and isinstance(value, str):
+            path = ("method", "name")
+        node = result
+        for part in path[:-1]:
+            below = node.get(part)
+            if isinstance(below, str) and part == "method":
+                below = {"name": below}
+            elif isinstance(below, str):
+                below = {"source": below}
+            elif below is not None and not isinstance(below, Mapping):
+                raise UserError(f"override '{text}': {part} is {below!r}, which has no keys")
+            node[part] = dict(below or {})
+            node = node[part]
+        node[path[-1]] = value
+    return result
+
+
+def with_presets(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in what the chosen method's preset says; unknown names are left to validation."""
+    method = raw.get("method", {})
+    method = {"name": method} if isinstance(method, str) else method
+    if not isinstance(method, Mapping):
+        return dict(raw)
+    method = {"name": "falcon", **method}
+    preset = PRESETS.get(str(method["name"]), {}).get(str(method.get("preset", "default")), {})
+    return deep_merge(preset, {**raw, "method": method})
+
+
+def _fields_at(location: Sequence[str | int]) -> Mapping[str, Any]:
+    """Known keys of the section at ``location``, for did-you-mean."""
+    sections: list[type[Section]] = [Recipe]
+    for part in location:
+        inner = [s.model_fields[str(part)].annotation for s in sections if str(part) in s.model_fields]
+        sections = [found for annotation in inner for found in _sections_in(annotation)] or sections
+    return {name: None for section in sections for name in section.model_fields}
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _sections_in(argument)
+
+
+def _value_at(raw: Any, location: Sequence[str | int]) -> Any:
+    for part in location:
+        if isinstance(raw, Mapping):
+            raw = raw.get(part)
+        elif isinstance(raw, Sequence) and isinstance(part, int) and part < len(raw):
+            raw = raw[part]
+        else:
+            return None
+    return raw
+
+
+def _location(error: Mapping[str, Any]) -> list[str | int]:
+    """Where an error stands in the recipe, without the tags pydantic adds for the branches of a union."""
+    location = [
+        part for i, part in enumerate(error["loc"]) if not (i == 1 and error["loc"][0] == "method" and part in METHODS)
+    ]
+    if error["type"] not in {"extra_forbidden", "missing"}:
+        while len(location) > 1 and isinstance(location[-1], str) and location[-1] not in _fields_at(location[:-1]):
+            location.pop()
+    return location
+
+
+def _message(error: Mapping[str, Any], location: Sequence[str | int], value: Any) -> str:
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return "unknown key" + did_you_mean(str(location[-1]), _fields_at(location[:-1]))
+    if kind == "missing":
+        return "required, but missing"
+    if kind in {"union_tag_invalid", "union_tag_not_found"}:
+        name = str(_value_at(value, ["name"]))
+        return f"unknown method '{name}'{did_you_mean(name, METHODS)}; known: {', '.join(METHODS)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    expected = error.get("ctx", {}).get("expected")
+    hint = did_you_mean(value, expected.split("'")) if isinstance(value, str) and isinstance(expected, str) else ""
+    return message[:1].lower() + message[1:] + hint
+
+
+def _mistakes(error: ValidationError, raw: Mapping[str, Any], where: str, lines: Mapping[str, int]) -> list[str]:
+    """One line per key that is wrong: file, line, key, value, what is wrong with it."""
+    messages: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
+    for item in error.errors():
+        location = _location(item)
+        key = ".".join(str(part) for part in location)
+        values[key] = _value_at(raw, location)
+        messages.setdefault(key, []).append(_message(item, location, values[key]))
+    result = []
+    for key, reasons in messages.items():
+        line = next((lines[k] for k in (key, key.rpartition(".")[0]) if k in lines), None)
+        place = where if line is None else f"{where}:{line}"
+        value = values[key]
+        given = "" if value is None or isinstance(value, Mapping) else f" is {value!r}"
+        result.append(f"{place}: {key}{given}: {' / '.join(dict.fromkeys(reasons))}")
+    return result
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    """Line of each dotted key of a YAML document."""
+    lines: dict[str, int] = {}
+
+    def walk(node: yaml.Node, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                name = f"{prefix}{key.value}"
+                lines[name] = key.start_mark.line + 1
+                walk(value, f"{name}.")
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None:
+        walk(root, "")
+    return lines
+
+
+def recipe_from(raw: Mapping[str, Any], where: str = "recipe", lines: Mapping[str, int] | None = None) -> Recipe:
+    """Validate a recipe given as a mapping, presets filled in.
+
+    Raises:
+        UserError: one line per mistake, all at once.
+    """
+    filled = with_presets(raw)
+    try:
+        return Recipe.model_validate(filled)
+    except ValidationError as error:
+        raise UserError("\n".join(_mistakes(error, filled, where, lines or {}))) from error
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, lay ``overrides`` on it, validate it and make its local paths absolute.
+
+    Raises:
+        UserError: file missing, not YAML, or anything wrong with its content (all mistakes at once).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"recipe {path}: {reason}") from error
+    try:
+        raw = yaml.safe_load(text)
+        lines = _key_lines(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        raise UserError(f"{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{path}: a recipe is a mapping of keys; see recipes/ for examples")
+    recipe = recipe_from(apply_overrides(raw, overrides), str(path), lines)
+    return with_absolute_paths(recipe, path.parent)
+
+
+def with_absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
+    """Make every local path of ``recipe`` absolute: beside the recipe first, then from the current directory."""
+
+    def absolute(name: str) -> str:
+        path = Path(name).expanduser()
+        found = next((p for p in (base_dir / path, path) if p.exists()), None)
+        return str(found.resolve()) if found is not None else name
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: absolute(v) if k == "source" and isinstance(v, str) else visit(v) for k, v in value.items()}
+        return value
+
+    plain = visit(recipe.model_dump(mode="json"))
+    plain["model"] = absolute(recipe.model)
+    plain["output"] = str(Path(recipe.output).expanduser().resolve())
+    if recipe.evaluation.oracle is not None:
+        plain["evaluation"]["oracle"] = absolute(recipe.evaluation.oracle)
+    return Recipe.model_validate(plain)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every value that was in force."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write :func:`dump_recipe` atomically."""
+    write_bytes(path, dump_recipe(recipe).encode())

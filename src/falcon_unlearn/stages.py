@@ -1,0 +1,366 @@
+"""The stages of a run: plain functions from artifacts to artifacts. They write nothing to disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from falcon_unlearn.artifacts import LayerScore, LayerSelection, MutualInformationCurve, SampleScore, StepRecord
+from falcon_unlearn.console import Console
+from falcon_unlearn.corpus.batching import Encoded, Encoder, LengthReport, LossMask, fit_to_context
+from falcon_unlearn.corpus.records import Record
+from falcon_unlearn.corpus.sources import Corpus, load_records
+from falcon_unlearn.engine.optimizers import learning_rate
+from falcon_unlearn.engine.trainer import CheckpointPlan, DivergedError, TrainingConfig, TrainingData, train
+from falcon_unlearn.errors import UserError
+from falcon_unlearn.evaluation.metrics import FORGET_SET
+from falcon_unlearn.evaluation.scoring import answer_log_probabilities, score_set
+from falcon_unlearn.methods import METHODS, Setup
+from falcon_unlearn.model.decoder import SplitDecoder, replaced
+from falcon_unlearn.model.loading import context_length, number_of_layers
+from falcon_unlearn.selection.activations import layer_means
+from falcon_unlearn.selection.mutual_information import EstimationError, curve, statements
+from falcon_unlearn.selection.sweep import TrialOutcome, spaced_candidates, split_validation, sweep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from falcon_unlearn.recipe import Recipe
+
+RETAIN_SET = "retain"
+_DEFAULT_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class EncodedCorpus:
+    """The corpus as tokens, by domain, in the order of the records.
+
+    Attributes:
+        forget: encoded forget records.
+        retain: encoded retain records.
+        groups: for each domain, one key per record; phrasings of the same answer share a key.
+        lengths: what happened to records longer than the limit, per ``forget.<domain>`` / ``retain.<domain>``.
+        loss_mask: which tokens take part in losses and statistics.
+        pad_id: token to pad with.
+    """
+
+    forget: Mapping[str, list[Encoded]]
+    retain: Mapping[str, list[Encoded]]
+    groups: Mapping[str, list[str]]
+    lengths: Mapping[str, LengthReport]
+    loss_mask: LossMask
+    pad_id: int
+
+
+def encode_corpus(recipe: Recipe, corpus: Corpus, encoder: Encoder, config: PreTrainedConfig) -> EncodedCorpus:
+    """Tokenise every domain and apply the rule for long records.
+
+    Raises:
+        UserError: records longer than the limit and ``corpus.on_long`` is ``error``.
+    """
+    settings = recipe.corpus
+    limit = min(settings.max_length or math.inf, context_length(config) or _DEFAULT_CONTEXT)
+    sides: dict[str, dict[str, list[Encoded]]] = {"forget": {}, "retain": {}}
+    groups: dict[str, list[str]] = {}
+    lengths: dict[str, LengthReport] = {}
+    for side, domains in (("forget", corpus.forget), ("retain", corpus.retain)):
+        for domain, records in domains.items():
+            where = f"corpus.{side}" + ("" if domain == side else f".{domain}")
+            encoded, kept, report = fit_to_context(
+                [encoder.encode(record) for record in records], records, int(limit), settings.on_long, where
+            )
+            sides[side][domain] = encoded
+            groups[f"{side}.{domain}"] = [record.key[1] for record in kept]
+            lengths[f"{side}.{domain}"] = report
+    return EncodedCorpus(
+        sides["forget"], sides["retain"], groups, lengths, settings.loss_mask or "answer", encoder.pad_id
+    )
+
+
+def evaluation_sets(recipe: Recipe, corpus: Corpus, base_dir: Path) -> dict[str, list[Record]]:
+    """The records to score, by set: ``forget``, ``retain`` and the utility sets, each at most ``max_records``.
+
+    Raises:
+        UserError: a source cannot be read, or a utility set is named like one of the others.
+    """
+    config = recipe.evaluation
+    taken = {FORGET_SET, RETAIN_SET} & set(config.utility)
+    if taken:
+        raise UserError(f"evaluation.utility: '{taken.pop()}' is already the name of a set; choose another")
+    sets: dict[str, list[Record]] = {}
+    for name, source, own in (
+        (FORGET_SET, config.forget, corpus.forget),
+        (RETAIN_SET, config.retain, corpus.retain),
+    ):
+        if source is not None:
+            sets[name] = load_records(source, base_dir, f"evaluation.{name}")
+        else:
+            sets[name] = [record for records in own.values() for record in records]
+    for name, source in config.utility.items():
+        sets[name] = load_records(source, base_dir, f"evaluation.utility.{name}")
+    most = config.max_records
+    if most is None:
+        return sets
+    return {
+        name: [records[i] for i in sorted(random.Random(f"{name} {recipe.seed}").sample(range(len(records)), most))]
+        if len(records) > most
+        else records
+        for name, records in sets.items()
+    }
+
+
+def score_model(
+    model: PreTrainedModel, encoder: Encoder, sets: Mapping[str, Sequence[Record]], recipe: Recipe, console: Console
+) -> dict[str, list[SampleScore]]:
+    """Score every set with one model."""
+    config = recipe.evaluation
+    scores = {}
+    with console.bar(len(sets), "scoring") as bar:
+        for name, records in sets.items():
+            scores[name] = score_set(
+                model,
+                encoder,
+                records,
+                name,
+                batch_size=config.batch_size,
+                max_new_tokens=config.max_new_tokens,
+                device=model.device,
+            )
+            bar.update()
+    return scores
+
+
+def check_layers(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Refuse layer indices the model does not have.
+
+    Raises:
+        UserError: naming the key, the layer and the range.
+    """
+    total = number_of_layers(config)
+    for key, layers in (("layers", recipe.selection.layers), ("candidates", recipe.selection.candidates)):
+        bad = [layer for layer in layers or () if isinstance(layer, int) and layer >= total]
+        if bad:
+            raise UserError(
+                f"selection.{key}: layer {bad[0]} is out of range, {recipe.model} has layers 0..{total - 1}"
+            )
+
+
+def select_layers(recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus, console: Console) -> LayerSelection:
+    """Choose the layers to train, as the recipe says.
+
+    Args:
+        recipe: validated, its layers checked with :func:`check_layers`.
+        model: the whole model (trials are scored with it); it is left as it was.
+        encoded: the corpus.
+        console: progress.
+
+    Raises:
+        EstimationError: mutual information was asked to choose and cannot be estimated.
+    """
+    settings = recipe.selection
+    if settings.layers != "auto":
+        layers = tuple(sorted(settings.layers))
+        return LayerSelection("given", layers, layers[-1], "given in the recipe")
+    total = number_of_layers(model.config)
+    candidates = settings.candidates or spaced_candidates(total, settings.max_candidates)
+    notes: list[str] = []
+    information: MutualInformationCurve | None = None
+    if settings.selector == "mutual_information" or settings.show_mutual_information:
+        try:
+            information = _information(recipe, model, encoded, candidates)
+            notes += statements(information)
+        except EstimationError as error:
+            if settings.selector == "mutual_information":
+                raise
+            notes.append(f"Mutual information is not shown: {error}")
+    scores: tuple[LayerScore, ...]
+    if settings.selector == "sweep":
+        criterion = "kept retain minus left forget probability on validation records, after a short trial (1 is best)"
+        target, scores = _sweep(recipe, model, encoded, candidates, console)
+    else:
+        assert information is not None
+        criterion = "least mutual information of forget and retain activations, in nats (published estimator)"
+        target = information.argmin
+        scores = tuple(LayerScore(n, v) for n, v in zip(information.layers, information.value, strict=True))
+    layers = tuple(range(max(0, target - settings.span + 1), target + 1))
+    return LayerSelection(settings.selector, layers, target, criterion, scores, information, tuple(notes))
+
+
+def _information(
+    recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus, candidates: Sequence[int]
+) -> MutualInformationCurve:
+    config = recipe.selection.mutual_information
+
+    def activations(records: Sequence[Encoded], limit: int) -> list[Tensor]:
+        chosen = random.Random(f"activations {recipe.seed}").sample(range(len(records)), min(limit, len(records)))
+        return layer_means(
+            model,
+            [records[i] for i in sorted(chosen)],
+            candidates,
+            mask=encoded.loss_mask,
+            pad_id=encoded.pad_id,
+            batch_size=recipe.evaluation.batch_size,
+        )
+
+    # The nulls need as many retain rows again for every forget domain.
+    retain = [item for records in encoded.retain.values() for item in records]
+    return curve(
+        candidates,
+        {domain: activations(records, config.max_samples) for domain, records in encoded.forget.items()},
+        activations(retain, config.max_samples * (len(encoded.forget) + 1)),
+        config,
+        recipe.seed,
+    )
+
+
+def _sweep(
+    recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus, candidates: Sequence[int], console: Console
+) -> tuple[int, tuple[LayerScore, ...]]:
+    config = recipe.selection.sweep
+    parts: dict[str, dict[str, list[Encoded]]] = {"forget": {}, "retain": {}}
+    held: dict[str, list[Encoded]] = {"forget": [], "retain": []}
+    for side, domains in (("forget", encoded.forget), ("retain", encoded.retain)):
+        for domain, records in domains.items():
+            training, validation = split_validation(
+                encoded.groups[f"{side}.{domain}"], config.validation_share, recipe.seed
+            )
+            parts[side][domain] = [records[i] for i in training]
+            held[side] += [records[i] for i in validation]
+        random.Random(f"validation {recipe.seed}").shuffle(held[side])
+        held[side] = held[side][: config.max_validation]
+
+    def probability(side: str) -> float:
+        values = answer_log_probabilities(model, held[side], encoded.pad_id, recipe.evaluation.batch_size, model.device)
+        found = [math.exp(value) for value in values if math.isfinite(value)]
+        return sum(found) / len(found) if found else math.nan
+
+    before = {side: probability(side) for side in held}
+    trial_training = recipe.training.model_copy(update={"steps": config.steps})
+    data = TrainingData(parts["forget"], parts["retain"], encoded.pad_id, model.device)
+
+    with console.bar(len(candidates), "trying layers") as bar:
+
+        def trial(layer: int) -> TrialOutcome:
+            layers = range(max(0, layer - recipe.selection.span + 1), layer + 1)
+            decoder = SplitDecoder(model, tuple(layers), recipe.training.modules)
+            masters = decoder.masters()
+            try:
+                _train(recipe, trial_training, decoder, masters, data, loss_mask=encoded.loss_mask)
+            except DivergedError:
+                return TrialOutcome(math.nan, math.nan)
+            with replaced(model, masters):
+                after = {side: probability(side) for side in held}
+            bar.update()
+            return TrialOutcome(after["forget"] / before["forget"], after["retain"] / before["retain"])
+
+        return sweep(candidates, trial)
+
+
+def _train(
+    recipe: Recipe,
+    training: TrainingConfig,
+    decoder: SplitDecoder,
+    masters: Mapping[str, Tensor],
+    data: TrainingData,
+    *,
+    loss_mask: LossMask,
+    checkpoint: CheckpointPlan | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_resume: Callable[[int], None] | None = None,
+) -> None:
+    setup = Setup(decoder, data.first_batches(training.batch_size), loss_mask, recipe.seed)
+    method = METHODS[recipe.method.name].build(recipe.method, setup)
+    train(
+        method,
+        masters,
+        data,
+        training,
+        seed=recipe.seed,
+        hidden_size=decoder.hidden_size,
+        checkpoint=checkpoint,
+        on_step=on_step,
+        on_resume=on_resume,
+    )
+
+
+def unlearn_layers(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    encoded: EncodedCorpus,
+    selection: LayerSelection,
+    *,
+    checkpoint: Callable[[Mapping[str, Tensor]], CheckpointPlan],
+    on_step: Callable[[StepRecord], None],
+    on_resume: Callable[[int], None],
+) -> tuple[SplitDecoder, dict[str, Tensor]]:
+    """Train the selected layers of ``model``.
+
+    Args:
+        recipe: method and training settings.
+        model: the first ``target + 1`` layers suffice; it is left as it was.
+        encoded: the corpus.
+        selection: which layers.
+        checkpoint: given the initial masters, says where the state is kept.
+        on_step: called after each step.
+        on_resume: called once with the number of steps that were already done.
+
+    Returns:
+        The split decoder and its trained fp32 tensors, by name.
+    """
+    decoder = SplitDecoder(model, selection.layers, recipe.training.modules)
+    masters = decoder.masters()
+    data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, model.device)
+    plan = checkpoint(masters)
+    _train(
+        recipe,
+        recipe.training,
+        decoder,
+        masters,
+        data,
+        loss_mask=encoded.loss_mask,
+        checkpoint=plan,
+        on_step=on_step,
+        on_resume=on_resume,
+    )
+    return decoder, masters
+
+
+def as_stored(masters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Round ``masters`` to the dtype they have on disk, so that what is scored is what is shipped."""
+    return {name: value.detach().to(dtypes[name]) for name, value in masters.items()}
+
+
+def describe_training(recipe: Recipe, hidden_size: int) -> str:
+    """One line: steps, batch, optimiser and the learning rate in force."""
+    training = recipe.training
+    rate = learning_rate(training.optimizer, hidden_size)
+    return (
+        f"{recipe.method.name} ({recipe.method.preset}), {training.steps} steps of {training.batch_size}, "
+        f"{training.optimizer.name} at {rate:.2g}, {training.modules}"
+    )
+
+
+def with_sets(scores: Sequence[SampleScore]) -> dict[str, list[SampleScore]]:
+    """Group sample scores by their set, in order."""
+    sets: dict[str, list[SampleScore]] = {}
+    for score in scores:
+        sets.setdefault(score.set, []).append(score)
+    return sets
+
+
+def score_from_row(row: Mapping[str, object]) -> SampleScore:
+    """Read a line of ``scores/*.jsonl`` back; a null in a number that is always there is NaN."""
+    always = {"probability", "accuracy", "rouge"}
+    values = {
+        field.name: math.nan if field.name in always and row.get(field.name) is None else row.get(field.name)
+        for field in dataclasses.fields(SampleScore)
+    }
+    return SampleScore(**values)  # type: ignore[arg-type]
