@@ -161,4 +161,5 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a file written by :func:`write_jsonl`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Not str.splitlines: it also breaks at U+2028, which JSON leaves as it is.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
