@@ -133,6 +133,42 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def layer_selection_from(row: Mapping[str, Any]) -> LayerSelection:
+    """Read ``layer_selection.json`` back; a null score (a trial that diverged) is minus infinity."""
+    curve = row["mutual_information"]
+    return LayerSelection(
+        selector=row["selector"],
+        layers=tuple(row["layers"]),
+        target_layer=row["target_layer"],
+        criterion=row["criterion"],
+        scores=tuple(
+            LayerScore(entry["layer"], -math.inf if entry["score"] is None else entry["score"], entry["details"])
+            for entry in row["scores"]
+        ),
+        mutual_information=None
+        if curve is None
+        else MutualInformationCurve(
+            layers=tuple(curve["layers"]),
+            value=tuple(curve["value"]),
+            null_retain=tuple(curve["null_retain"]),
+            null_permutation=tuple(curve["null_permutation"]),
+            pairs=curve["pairs"],
+            domains=tuple(curve["domains"]),
+        ),
+        notes=tuple(row["notes"]),
+    )
+
+
+def sample_score_from(row: Mapping[str, Any]) -> SampleScore:
+    """Read a line of ``scores/*.jsonl`` back; a null in a number that is always there is NaN."""
+    always = {"probability", "accuracy", "rouge"}
+    values = {
+        f.name: math.nan if f.name in always and row.get(f.name) is None else row.get(f.name)
+        for f in dataclasses.fields(SampleScore)
+    }
+    return SampleScore(**values)  # type: ignore[arg-type]
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to a temporary name beside ``path``, flush it to the disk and rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -93,20 +95,21 @@ _ROWS = (
 )
 
 
+def _shown(value: float | None) -> str:
+    """A dash where there is no number."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.2g}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
+
+
 def metrics_table(metrics: Mapping[str, Metrics | None]) -> str:
     """The short table: one row a metric, one column a model; a dash where there is no number."""
-
-    def cell(value: float | None) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.2g}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
-
     columns = [name for name in ("before", "after", "oracle") if metrics.get(name) is not None]
     lines = [f"{'':24}" + "".join(f"{name:>10}" for name in columns)]
     for label, key in _ROWS:
         values = [getattr(metrics[name], key) for name in columns]
         if any(value is not None for value in values):
-            lines.append(f"{label:24}" + "".join(f"{cell(value):>10}" for value in values))
+            lines.append(f"{label:24}" + "".join(f"{_shown(value):>10}" for value in values))
     return "\n".join(lines)
 
 
@@ -122,7 +125,7 @@ def selection_table(selection: LayerSelection) -> str:
         score = selection.scores[i]
         row = [f"{layer}{' *' if layer == selection.target_layer else '  '}"]
         if by_sweep:
-            row += [f"{score.score:.3f}", *(f"{score.details[k]:.3f}" for k in ("forget_left", "retain_kept"))]
+            row += [_shown(v) for v in (score.score, score.details["forget_left"], score.details["retain_kept"])]
         if curve is not None:
             row += [f"{v[i]:.2f}" for v in (curve.value, curve.null_retain, curve.null_permutation)]
         rows.append(row)
@@ -150,17 +153,23 @@ def _demo(arguments: argparse.Namespace) -> int:
     from falcon_unlearn import embedded
     from falcon_unlearn.corpus.fictional import build_world
     from falcon_unlearn.pipeline import run_recipe
-    from falcon_unlearn.recipe import recipe_from
+    from falcon_unlearn.recipe import recipe_from, save_recipe
     from falcon_unlearn.run_folder import open_run_folder
 
     console = _console(arguments)
     out = Path(arguments.out).expanduser().resolve()
     inputs = out / "inputs"
     recipe = recipe_from(embedded.demo_recipe(out, inputs, arguments.seed))
-    open_run_folder(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
+    folder = open_run_folder(
+        recipe,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        allowed=("inputs",) if arguments.resume or arguments.overwrite else (),
+    )
+    save_recipe(recipe, folder / "recipe.yaml")  # marks the folder as ours, should this be stopped before the run
     embedded.write_corpora(build_world(arguments.seed), inputs)
     embedded.write_models(arguments.seed, inputs, retrain=arguments.retrain, say=console.say)
-    run = run_recipe(recipe, resume=arguments.resume, allowed=("inputs",), console=console)
+    run = run_recipe(recipe, resume=arguments.resume, allowed=("inputs", "recipe.yaml"), console=console)
     _print_run(run, as_json=arguments.json)
     return 0
 
@@ -228,6 +237,8 @@ def _patch(arguments: argparse.Namespace) -> int:
             f"files: {report.files_rewritten} rewritten, {report.files_copied} copied, "
             f"{report.files_reflinked} reflinked, {report.files_linked} linked"
         )
+        if report.other_weights:
+            print(f"taken over unchanged, still with the old weights: {', '.join(report.other_weights)}")
     return 0
 
 
@@ -246,7 +257,7 @@ _STATES = {
 
 
 def _patch_info(patch: Any, *, as_json: bool) -> int:
-    original = (patch.folder / "original.safetensors").exists()
+    original = patch.holds_original
     if as_json:
         _print_json(
             {
@@ -272,12 +283,13 @@ def _patch_info(patch: Any, *, as_json: bool) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.recipe import load_recipe
     from falcon_unlearn.report.html import write_report
 
     folder = Path(arguments.run)
     if not (folder / "recipe.yaml").exists():
         raise UserError(f"report: {folder} is no run folder (it has no recipe.yaml)")
-    path = write_report(folder)
+    path = write_report(folder, samples=load_recipe(folder / "recipe.yaml").report.samples)
     if arguments.json:
         _print_json({"report": str(path)})
     else:
@@ -316,7 +328,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr)
     return 2
@@ -347,18 +361,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.handler(arguments))
     except UserError as error:
-        if arguments.debug:
-            raise
-        return _fail(str(error))
+        return _fail(str(error), debug=arguments.debug)
     except KeyboardInterrupt as stop:
-        if arguments.debug:
-            raise
-        return _fail(f"{stop or 'stopped'}; go on with the same command and --resume")
+        again = "; go on with the same command and --resume" if "resume" in arguments else ""
+        return _fail(f"{str(stop) or 'stopped'}{again}", debug=arguments.debug)
     except OSError as error:
-        if arguments.debug or error.errno not in _DISK_ERRORS:
+        if error.errno not in _DISK_ERRORS:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        return _fail(f"{error.strerror}{where}: finished stages are kept; mend that and go on with --resume")
+        again = "; finished stages are kept: mend that and go on with --resume" if "resume" in arguments else ""
+        return _fail(f"{error.strerror}{where}{again}", debug=arguments.debug)
 
 
 if __name__ == "__main__":

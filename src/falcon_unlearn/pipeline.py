@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from falcon_unlearn.artifacts import LayerSelection, Metrics, SampleScore, StepRecord, read_jsonl, to_plain, write_json
+from falcon_unlearn.artifacts import LayerSelection, Metrics, SampleScore, StepRecord, to_plain, write_bytes, write_json
 from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.batching import Encoder
 from falcon_unlearn.corpus.records import Record
@@ -35,6 +35,7 @@ from falcon_unlearn.model.loading import (
     load_config,
     load_first_layers,
     load_tokenizer,
+    quiet_transformers,
     resolve_model,
     text_config,
 )
@@ -105,6 +106,8 @@ class _Inputs:
 
 
 def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     base_dir = Path.cwd()
     corpus = load_corpus(recipe.corpus, base_dir)
     source = resolve_model(
@@ -130,7 +133,8 @@ def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
     encoder = Encoder(
         load_tokenizer(source), template=recipe.corpus.template, plain_template=recipe.corpus.plain_template
     )
-    encoded = encode_corpus(recipe, corpus, encoder, config)
+    with quiet_transformers():  # long records are our message to give
+        encoded = encode_corpus(recipe, corpus, encoder, config)
     sets = evaluation_sets(recipe, corpus, base_dir)
     return _Inputs(recipe, source, config, encoder, corpus, encoded, sets, oracle, on_disk, console)
 
@@ -181,10 +185,9 @@ class _TrainingLog:
         self._path = path
 
     def start(self, done: int) -> None:
-        kept = []
-        if self._path.exists() and done:
-            kept = [json.dumps(row) + "\n" for row in read_jsonl(self._path) if row["step"] < done]
-        self._path.write_text("".join(kept), encoding="utf-8")
+        # The last line may be cut off where the run was killed; it belongs to a step that is done again.
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        write_bytes(self._path, b"".join(lines[:done]))
 
     def add(self, record: StepRecord) -> None:
         with self._path.open("a", encoding="utf-8") as handle:
@@ -319,6 +322,7 @@ def run_recipe(
     started = datetime.now(UTC)
     inputs = _read_inputs(recipe, console or Console(quiet=True))
     folder = open_run_folder(recipe, resume=resume, overwrite=overwrite, allowed=allowed)
+    finished = folder.is_finished(recipe)
     start_run(folder, recipe, _corpus_facts(inputs))
     _say_corpus(inputs)
     try:
@@ -337,10 +341,11 @@ def run_recipe(
         "after": compute_metrics(after, oracle_forget),
         "oracle": compute_metrics(oracle, oracle_forget) if oracle is not None else None,
     }
-    folder.write_metrics(metrics)
-    _write_provenance(inputs, folder, started)
-    write_report(folder.path, samples=recipe.report.samples)
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    if inputs.seconds or not finished:
+        folder.write_metrics(metrics)
+        _write_provenance(inputs, folder, started)
+        write_report(folder.path, samples=recipe.report.samples)
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     return Run(folder.path, selection, metrics, patch)
 
 

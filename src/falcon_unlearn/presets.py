@@ -23,9 +23,9 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "selection": {"selector": "sweep", "span": 1},
             "training": {
                 "steps": 100,
-                "batch_size": 16,
+                "batch_size": 32,
                 "modules": "mlp",
-                "optimizer": {"name": "adamw", "lr": "auto"},
+                "optimizer": {"name": "adamw", "lr": "auto", "schedule": "linear"},
                 "gradients": {"combination": "falcon"},
             },
         },

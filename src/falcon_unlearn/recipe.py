@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from falcon_unlearn.artifacts import write_bytes
 from falcon_unlearn.config import Section
@@ -42,12 +42,12 @@ class SelectionConfig(Section):
     mutual_information: MutualInformationConfig = MutualInformationConfig()
     """The published estimator."""
 
-    @model_validator(mode="after")
-    def _layers_are_usable(self) -> SelectionConfig:
-        for name, layers in (("layers", self.layers), ("candidates", self.candidates)):
-            if isinstance(layers, tuple) and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
-                raise ValueError(f"{name} needs at least one layer index, from 0, none twice")
-        return self
+    @field_validator("layers", "candidates")
+    @classmethod
+    def _usable(cls, layers: str | tuple[int, ...] | None) -> str | tuple[int, ...] | None:
+        if isinstance(layers, tuple) and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+            raise ValueError("expected at least one layer index, from 0, none twice")
+        return layers
 
 
 class EvaluationConfig(Section):
@@ -101,6 +101,8 @@ class Recipe(Section):
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: DTypeChoice = "auto"
     """Of the frozen weights; trained tensors have fp32 masters anyway."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of the computation; empty: torch's own choice. Results repeat exactly only at the same number."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -158,9 +160,12 @@ def with_presets(raw: Mapping[str, Any]) -> dict[str, Any]:
     return deep_merge(preset, {**raw, "method": method})
 
 
-def _fields_at(location: Sequence[str | int]) -> Mapping[str, Any]:
-    """Known keys of the section at ``location``, for did-you-mean."""
+def _fields_at(location: Sequence[str | int], raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Known keys of the section at ``location`` of ``raw``, for did-you-mean."""
     sections: list[type[Section]] = [Recipe]
+    method = _value_at(raw, ["method", "name"])
+    if location and location[0] == "method" and isinstance(method, str) and method in METHODS:
+        sections, location = [METHODS[method].config], location[1:]
     for part in location:
         inner = [s.model_fields[str(part)].annotation for s in sections if str(part) in s.model_fields]
         sections = [found for annotation in inner for found in _sections_in(annotation)] or sections
@@ -185,70 +190,99 @@ def _value_at(raw: Any, location: Sequence[str | int]) -> Any:
     return raw
 
 
-def _location(error: Mapping[str, Any]) -> list[str | int]:
+def _location(error: Mapping[str, Any], raw: Mapping[str, Any]) -> list[str | int]:
     """Where an error stands in the recipe, without the tags pydantic adds for the branches of a union."""
-    location = [
-        part for i, part in enumerate(error["loc"]) if not (i == 1 and error["loc"][0] == "method" and part in METHODS)
-    ]
-    if error["type"] not in {"extra_forbidden", "missing"}:
-        while len(location) > 1 and isinstance(location[-1], str) and location[-1] not in _fields_at(location[:-1]):
-            location.pop()
+    location: list[str | int] = []
+    for part in error["loc"]:
+        here = _value_at(raw, location)
+        given = isinstance(here, Mapping) and part in here
+        if given or isinstance(part, int) or part in _fields_at(location, raw):
+            location.append(part)
     return location
 
 
-def _message(error: Mapping[str, Any], location: Sequence[str | int], value: Any) -> str:
+def _message(error: Mapping[str, Any], location: Sequence[str | int], raw: Mapping[str, Any]) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
-        return "unknown key" + did_you_mean(str(location[-1]), _fields_at(location[:-1]))
+        return "unknown key" + did_you_mean(str(location[-1]), _fields_at(location[:-1], raw))
     if kind == "missing":
         return "required, but missing"
     if kind in {"union_tag_invalid", "union_tag_not_found"}:
-        name = str(_value_at(value, ["name"]))
+        name = str(_value_at(raw, ["method", "name"]))
         return f"unknown method '{name}'{did_you_mean(name, METHODS)}; known: {', '.join(METHODS)}"
+    if kind in {"model_type", "model_attributes_type", "dict_type"}:
+        return "expected a mapping of keys"
+    if kind == "tuple_type":
+        return "expected a list"
+    value = _value_at(raw, location)
     message = str(error["msg"]).removeprefix("Value error, ")
     expected = error.get("ctx", {}).get("expected")
     hint = did_you_mean(value, expected.split("'")) if isinstance(value, str) and isinstance(expected, str) else ""
     return message[:1].lower() + message[1:] + hint
 
 
-def _mistakes(error: ValidationError, raw: Mapping[str, Any], where: str, lines: Mapping[str, int]) -> list[str]:
-    """One line per key that is wrong: file, line, key, value, what is wrong with it."""
+def _mistakes(error: ValidationError, raw: Mapping[str, Any], where: str, places: Mapping[str, str]) -> list[str]:
+    """One line per key that is wrong: place (file and line, or override), key, value, what is wrong with it."""
     messages: dict[str, list[str]] = {}
-    values: dict[str, Any] = {}
+    given: dict[str, str] = {}
     for item in error.errors():
-        location = _location(item)
-        key = ".".join(str(part) for part in location)
-        values[key] = _value_at(raw, location)
-        messages.setdefault(key, []).append(_message(item, location, values[key]))
+        location = _location(item, raw)
+        key, value = ".".join(str(part) for part in location), _value_at(raw, location)
+        shown = "" if item["type"] == "missing" or isinstance(value, Mapping) else f" is {value!r}"
+        given[key] = " is empty" if shown == " is None" else shown
+        messages.setdefault(key, []).append(_message(item, location, raw))
     result = []
     for key, reasons in messages.items():
-        line = next((lines[k] for k in (key, key.rpartition(".")[0]) if k in lines), None)
-        place = where if line is None else f"{where}:{line}"
-        value = values[key]
-        given = "" if value is None or isinstance(value, Mapping) else f" is {value!r}"
-        result.append(f"{place}: {key}{given}: {' / '.join(dict.fromkeys(reasons))}")
+        if any(other.startswith(f"{key}.") for other in messages):
+            continue  # another branch of a union: the deeper message is about the one that was meant
+        place = next((places[k] for k in (key, key.rpartition(".")[0]) if k in places), where)
+        result.append(f"{place}: {key}{given[key]}: {' / '.join(dict.fromkeys(reasons))}")
     return result
 
 
-def _key_lines(text: str) -> dict[str, int]:
-    """Line of each dotted key of a YAML document."""
-    lines: dict[str, int] = {}
+def _key_places(text: str, where: str) -> dict[str, str]:
+    """``file:line`` of each dotted key of a YAML document.
+
+    Raises:
+        UserError: a key stands twice; YAML would let the last one win.
+    """
+    places: dict[str, str] = {}
 
     def walk(node: yaml.Node, prefix: str) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                name = f"{prefix}{key.value}"
-                lines[name] = key.start_mark.line + 1
+                name, place = f"{prefix}{key.value}", f"{where}:{key.start_mark.line + 1}"
+                if name in places:
+                    raise UserError(f"{place}: {name} stands twice, first at {places[name]}: remove one")
+                places[name] = place
                 walk(value, f"{name}.")
 
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is not None:
         walk(root, "")
-    return lines
+    return places
 
 
-def recipe_from(raw: Mapping[str, Any], where: str = "recipe", lines: Mapping[str, int] | None = None) -> Recipe:
+def _with_override_places(places: Mapping[str, str], overrides: Sequence[str]) -> dict[str, str]:
+    """``places`` with the keys that overrides set or made standing there instead."""
+    result = dict(places)
+    for text in overrides:
+        path, _ = parse_override(text)
+        key = ".".join(path)
+        result = {name: place for name, place in result.items() if not name.startswith(f"{key}.")}
+        result[key] = f"override '{text}'"
+        for parent in (".".join(path[:n]) for n in range(1, len(path))):
+            result.setdefault(parent, result[key])
+    return result
+
+
+def recipe_from(raw: Mapping[str, Any], where: str = "recipe", places: Mapping[str, str] | None = None) -> Recipe:
     """Validate a recipe given as a mapping, presets filled in.
+
+    Args:
+        raw: the recipe.
+        where: what to call it in messages.
+        places: where a dotted key stands, where that is known better.
 
     Raises:
         UserError: one line per mistake, all at once.
@@ -257,7 +291,7 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe", lines: Mapping[st
     try:
         return Recipe.model_validate(filled)
     except ValidationError as error:
-        raise UserError("\n".join(_mistakes(error, filled, where, lines or {}))) from error
+        raise UserError("\n".join(_mistakes(error, filled, where, places or {}))) from error
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -273,14 +307,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {path}: {reason}") from error
     try:
         raw = yaml.safe_load(text)
-        lines = _key_lines(text)
-    except yaml.YAMLError as error:
+        places = _key_places(text, str(path))
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         raise UserError(f"{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
     if not isinstance(raw, Mapping):
         raise UserError(f"{path}: a recipe is a mapping of keys; see recipes/ for examples")
-    recipe = recipe_from(apply_overrides(raw, overrides), str(path), lines)
+    recipe = recipe_from(apply_overrides(raw, overrides), str(path), _with_override_places(places, overrides))
     return with_absolute_paths(recipe, path.parent)
 
 

@@ -12,32 +12,35 @@ from typing import Any
 import yaml
 
 from falcon_unlearn.artifacts import (
-    LayerScore,
     LayerSelection,
     Metrics,
-    MutualInformationCurve,
     SampleScore,
+    layer_selection_from,
     read_jsonl,
-    to_plain,
+    sample_score_from,
     write_json,
     write_jsonl,
 )
 from falcon_unlearn.errors import UserError
-from falcon_unlearn.recipe import Recipe, save_recipe
-from falcon_unlearn.stages import score_from_row, with_sets
+from falcon_unlearn.recipe import Recipe, dump_recipe, save_recipe
+from falcon_unlearn.stages import with_sets
 
-_CONTENT = (
+_RESULTS = (
     "recipe.yaml",
     "corpus.json",
     "layer_selection.json",
     "training.jsonl",
-    "checkpoint.safetensors",
-    "patch",
-    "scores",
+    "patch/patch.json",
+    "patch/patch.safetensors",
+    "scores/before.jsonl",
+    "scores/after.jsonl",
     "metrics.json",
     "report.html",
     "provenance.json",
-    "inputs",
+)
+_ORACLE_SCORES = "scores/oracle.jsonl"
+_CONTENT = frozenset(
+    (*_RESULTS, _ORACLE_SCORES, "patch", "scores", "patch/original.safetensors", "checkpoint.safetensors")
 )
 _NOT_COMPARED = ("output", "report", "device")
 
@@ -51,6 +54,13 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def is_finished(self, recipe: Recipe) -> bool:
+        """Whether every stage of exactly this recipe has left its result."""
+        results = _RESULTS if recipe.evaluation.oracle is None else (*_RESULTS, _ORACLE_SCORES)
+        return all((self.path / name).exists() for name in results) and dump_recipe(recipe) == (
+            self.path / "recipe.yaml"
+        ).read_text(encoding="utf-8")
+
     def write_scores(self, model: str, scores: Mapping[str, Sequence[SampleScore]]) -> None:
         """Write ``scores/<model>.jsonl``, one line per sample."""
         (self.path / "scores").mkdir(exist_ok=True)
@@ -59,7 +69,7 @@ class RunFolder:
     def read_scores(self, model: str) -> dict[str, list[SampleScore]] | None:
         """Scores by set, or None where that model was not scored yet."""
         path = self.path / "scores" / f"{model}.jsonl"
-        return with_sets([score_from_row(row) for row in read_jsonl(path)]) if path.exists() else None
+        return with_sets([sample_score_from(row) for row in read_jsonl(path)]) if path.exists() else None
 
     def write_selection(self, selection: LayerSelection) -> None:
         """Write ``layer_selection.json``."""
@@ -70,22 +80,7 @@ class RunFolder:
         path = self.path / "layer_selection.json"
         if not path.exists():
             return None
-        row = json.loads(path.read_text(encoding="utf-8"))
-        curve = row["mutual_information"]
-        return LayerSelection(
-            selector=row["selector"],
-            layers=tuple(row["layers"]),
-            target_layer=row["target_layer"],
-            criterion=row["criterion"],
-            scores=tuple(
-                LayerScore(s["layer"], float("-inf") if s["score"] is None else s["score"], s["details"])
-                for s in row["scores"]
-            ),
-            mutual_information=None
-            if curve is None
-            else MutualInformationCurve(**{k: tuple(v) if isinstance(v, list) else v for k, v in curve.items()}),
-            notes=tuple(row["notes"]),
-        )
+        return layer_selection_from(json.loads(path.read_text(encoding="utf-8")))
 
     def write_metrics(self, metrics: Mapping[str, Metrics | None]) -> None:
         """Write ``metrics.json``: before, after and oracle."""
@@ -99,7 +94,7 @@ def open_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool, allowed: S
         recipe: validated, with an absolute output path.
         resume: go on in a folder of the same recipe.
         overwrite: remove what an earlier run left there (nothing else).
-        allowed: names that may already stand there.
+        allowed: names that may already stand there; they are never removed.
 
     Raises:
         UserError: the folder is not empty, is no folder, or holds a run of another recipe.
@@ -107,15 +102,12 @@ def open_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool, allowed: S
     path = Path(recipe.output)
     if path.exists() and not path.is_dir():
         raise UserError(f"output: {path} is a file; name a folder")
-    present = sorted(p.name for p in path.iterdir() if p.name not in allowed) if path.is_dir() else []
+    everything = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    if everything and "recipe.yaml" not in everything:
+        raise UserError(f"output: {path} is not empty and holds no run (but '{everything[0]}'); choose another folder")
+    present = [name for name in everything if name not in allowed]
     if present and overwrite:
-        foreign = [name for name in present if name not in _CONTENT and not name.endswith(".tmp")]
-        if foreign or not (path / "recipe.yaml").exists():
-            shown = (foreign or present)[0]
-            raise UserError(f"output: {path} holds '{shown}', which no run wrote; --overwrite leaves it alone")
-        for name in present:
-            target = path / name
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        _remove_run(path, present)
     elif present and not resume:
         raise UserError(f"output: {path} is not empty; go on there with --resume, replace it with --overwrite")
     elif present:
@@ -127,11 +119,32 @@ def open_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool, allowed: S
     return RunFolder(path)
 
 
+def _remove_run(path: Path, present: Sequence[str]) -> None:
+    entries = [entry for name in present for entry in (path / name, *(path / name).rglob("*"))]
+    foreign = [entry for entry in entries if not _is_ours(entry.relative_to(path))]
+    if foreign:
+        shown = foreign[0].relative_to(path).as_posix()
+        raise UserError(f"output: {path} holds '{shown}', which no run wrote; --overwrite leaves it alone")
+    for name in present:
+        target = path / name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink()
+
+
+def _is_ours(name: Path) -> bool:
+    return name.as_posix() in _CONTENT or any(part.startswith(".") and part.endswith(".tmp") for part in name.parts)
+
+
 def _same_recipe(recipe: Recipe, path: Path) -> None:
     file = path / "recipe.yaml"
-    if not file.exists():
-        raise UserError(f"output: {path} is not empty and holds no run to resume; choose another folder")
-    earlier = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        earlier = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        earlier = None
+    if not isinstance(earlier, Mapping):
+        raise UserError(f"{file}: damaged, so the run cannot be resumed; use --overwrite or another folder")
     changed = [key for key in _differing(earlier, recipe.model_dump(mode="json")) if key not in _NOT_COMPARED]
     if changed:
         raise UserError(
@@ -153,6 +166,26 @@ def _differing(left: Any, right: Any, prefix: str = "") -> list[str]:
 
 
 def start_run(folder: RunFolder, recipe: Recipe, corpus_facts: Mapping[str, Any]) -> None:
-    """Write what is known before any stage ran: the resolved recipe and the facts about the corpus."""
-    save_recipe(recipe, folder / "recipe.yaml")
-    write_json(folder / "corpus.json", to_plain(corpus_facts))
+    """Write what is known before any stage ran: the resolved recipe and the facts about the corpus.
+
+    Args:
+        folder: from :func:`open_run_folder`.
+        recipe: the resolved recipe.
+        corpus_facts: JSON; their ``hashes`` tell whether a resumed run still has the records it began with.
+
+    Raises:
+        UserError: the records are others than when the run began.
+    """
+    path = folder / "corpus.json"
+    hashes: Mapping[str, str] = corpus_facts["hashes"]
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))["hashes"]
+        changed = [name for name, digest in hashes.items() if earlier.get(name) != digest]
+        if changed:
+            raise UserError(
+                f"corpus.{changed[0]}: the records are not those that the run in {folder.path} began with; "
+                "use --overwrite or another folder"
+            )
+    if not folder.is_finished(recipe):
+        save_recipe(recipe, folder / "recipe.yaml")
+        write_json(path, corpus_facts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +18,20 @@ from falcon_unlearn.corpus.batching import Encoded, Encoder, LengthReport, LossM
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, load_records
 from falcon_unlearn.engine.optimizers import learning_rate
-from falcon_unlearn.engine.trainer import CheckpointPlan, DivergedError, TrainingConfig, TrainingData, train
+from falcon_unlearn.engine.trainer import (
+    CheckpointPlan,
+    DivergedError,
+    InterruptedTrainingError,
+    TrainingConfig,
+    TrainingData,
+    train,
+)
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.metrics import FORGET_SET
 from falcon_unlearn.evaluation.scoring import answer_log_probabilities, score_set
 from falcon_unlearn.methods import METHODS, Setup
-from falcon_unlearn.model.decoder import SplitDecoder, replaced
-from falcon_unlearn.model.loading import context_length, number_of_layers
+from falcon_unlearn.model.decoder import SplitDecoder, find_layers, replaced, scope_parameters
+from falcon_unlearn.model.loading import context_length, number_of_layers, quiet_transformers
 from falcon_unlearn.selection.activations import layer_means
 from falcon_unlearn.selection.mutual_information import EstimationError, curve, statements
 from falcon_unlearn.selection.sweep import TrialOutcome, spaced_candidates, split_validation, sweep
@@ -47,7 +53,8 @@ class EncodedCorpus:
         forget: encoded forget records.
         retain: encoded retain records.
         groups: for each domain, one key per record; phrasings of the same answer share a key.
-        lengths: what happened to records longer than the limit, per ``forget.<domain>`` / ``retain.<domain>``.
+        lengths: what happened to records longer than the limit, keyed like
+            :class:`~falcon_unlearn.corpus.sources.CorpusReport`.
         loss_mask: which tokens take part in losses and statistics.
         pad_id: token to pad with.
     """
@@ -73,13 +80,13 @@ def encode_corpus(recipe: Recipe, corpus: Corpus, encoder: Encoder, config: PreT
     lengths: dict[str, LengthReport] = {}
     for side, domains in (("forget", corpus.forget), ("retain", corpus.retain)):
         for domain, records in domains.items():
-            where = f"corpus.{side}" + ("" if domain == side else f".{domain}")
+            key = side if domain == side else f"{side}.{domain}"
             encoded, kept, report = fit_to_context(
-                [encoder.encode(record) for record in records], records, int(limit), settings.on_long, where
+                [encoder.encode(record) for record in records], records, int(limit), settings.on_long, f"corpus.{key}"
             )
             sides[side][domain] = encoded
             groups[f"{side}.{domain}"] = [record.key[1] for record in kept]
-            lengths[f"{side}.{domain}"] = report
+            lengths[key] = report
     return EncodedCorpus(
         sides["forget"], sides["retain"], groups, lengths, settings.loss_mask or "answer", encoder.pad_id
     )
@@ -139,10 +146,11 @@ def score_model(
 
 
 def check_layers(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Refuse layer indices the model does not have.
+    """Refuse layers and modules the model does not have, by its configuration alone.
 
     Raises:
-        UserError: naming the key, the layer and the range.
+        UserError: naming the key, the layer and the range, or what there is to train; or the architecture is no
+            decoder with a layer stack.
     """
     total = number_of_layers(config)
     for key, layers in (("layers", recipe.selection.layers), ("candidates", recipe.selection.candidates)):
@@ -151,6 +159,30 @@ def check_layers(recipe: Recipe, config: PreTrainedConfig) -> None:
             raise UserError(
                 f"selection.{key}: layer {bad[0]} is out of range, {recipe.model} has layers 0..{total - 1}"
             )
+    _, stack = find_layers(_without_weights(recipe, config))
+    chosen = recipe.selection.layers if recipe.selection.layers != "auto" else _candidates(recipe, total)
+    for layer in chosen:
+        scope_parameters(stack[layer], recipe.training.modules)
+
+
+def _without_weights(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=recipe.trust_remote_code
+            )
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"model: {recipe.model} is of an architecture ('{config.model_type}') that cannot be used ({reason})"
+        ) from error
+    return model
+
+
+def _candidates(recipe: Recipe, total: int) -> tuple[int, ...]:
+    return recipe.selection.candidates or spaced_candidates(total, recipe.selection.max_candidates)
 
 
 def select_layers(recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus, console: Console) -> LayerSelection:
@@ -170,7 +202,7 @@ def select_layers(recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus
         layers = tuple(sorted(settings.layers))
         return LayerSelection("given", layers, layers[-1], "given in the recipe")
     total = number_of_layers(model.config)
-    candidates = settings.candidates or spaced_candidates(total, settings.max_candidates)
+    candidates = _candidates(recipe, total)
     notes: list[str] = []
     information: MutualInformationCurve | None = None
     if settings.selector == "mutual_information" or settings.show_mutual_information:
@@ -256,6 +288,8 @@ def _sweep(
                 _train(recipe, trial_training, decoder, masters, data, loss_mask=encoded.loss_mask)
             except DivergedError:
                 return TrialOutcome(math.nan, math.nan)
+            except InterruptedTrainingError as stop:
+                raise KeyboardInterrupt from stop  # a trial keeps no state
             with replaced(model, masters):
                 after = {side: probability(side) for side in held}
             bar.update()
@@ -354,13 +388,3 @@ def with_sets(scores: Sequence[SampleScore]) -> dict[str, list[SampleScore]]:
     for score in scores:
         sets.setdefault(score.set, []).append(score)
     return sets
-
-
-def score_from_row(row: Mapping[str, object]) -> SampleScore:
-    """Read a line of ``scores/*.jsonl`` back; a null in a number that is always there is NaN."""
-    always = {"probability", "accuracy", "rouge"}
-    values = {
-        field.name: math.nan if field.name in always and row.get(field.name) is None else row.get(field.name)
-        for field in dataclasses.fields(SampleScore)
-    }
-    return SampleScore(**values)  # type: ignore[arg-type]

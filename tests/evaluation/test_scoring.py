@@ -103,7 +103,7 @@ def test_log_probabilities_of_a_model_that_always_returns_all_logits(model):
         def forward(self, input_ids, attention_mask, use_cache):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
 
-    items = [Encoded(item.ids + (9, 8), max(item.answer_start, 4)) for item in random_items(6, 30)]
+    items = [Encoded((*item.ids, 9, 8, 7), max(item.answer_start, 4)) for item in random_items(6, 30)]
     expected = answer_log_probabilities(model, items, PAD, 4, "cpu")
     assert answer_log_probabilities(AllLogits(), items, PAD, 4, "cpu") == pytest.approx(expected, abs=1e-6)
 

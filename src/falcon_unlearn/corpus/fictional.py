@@ -63,7 +63,7 @@ class _Attribute:
     name: str
     questions: tuple[str, str, str]
     answers: tuple[str, str]
-    values: Callable[[random.Random], list[str]]
+    values: Callable[[_Words], list[str]]
 
 
 _ONSETS = "b br c d dr f g gl h j k l m n p r s sh st t tr v w z".split()
@@ -85,32 +85,41 @@ roast duck|almond biscuits|carrot halwa|tomato gratin|garlic shrimp|oat porridge
 stuffed aubergine|pickled herring|saffron buns|venison pot|quince jelly|millet cakes|cucumber soup"""
 
 
-def _listed(words: str) -> Callable[[random.Random], list[str]]:
-    values = [" ".join(word.split()) for word in words.split("|")]
-    return lambda rng: list(values)
+class _Words:
+    """Invents words of one world, none of which is part of another: a value can never stand in a name by accident."""
 
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self._taken: list[str] = []
 
-def _word(rng: random.Random, syllables: int) -> str:
-    parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables)]
-    return "".join(parts).capitalize()
-
-
-def _invented(count: int, form: str = "{}", syllables: int = 2) -> Callable[[random.Random], list[str]]:
-    def draw(rng: random.Random) -> list[str]:
-        words: dict[str, None] = {}
+    def draw(self, count: int) -> list[str]:
+        """``count`` new capitalised words of two syllables."""
+        words: list[str] = []
         while len(words) < count:
-            words[form.format(_word(rng, syllables))] = None
-        return list(words)
+            word = "".join(
+                self.rng.choice(_ONSETS) + self.rng.choice(_VOWELS) + self.rng.choice(_CODAS) for _ in range(2)
+            )
+            if not any(word in other or other in word for other in self._taken):
+                self._taken.append(word)
+                words.append(word.capitalize())
+        return words
 
-    return draw
+
+def _listed(text: str) -> Callable[[_Words], list[str]]:
+    values = [" ".join(value.split()) for value in text.split("|")]
+    return lambda words: list(values)
 
 
-def _workplaces(rng: random.Random) -> list[str]:
+def _invented(words: _Words) -> list[str]:
+    return words.draw(40)
+
+
+def _workplaces(words: _Words) -> list[str]:
     kinds = ["Institute", "Works", "Library", "Hospital", "Museum", "Foundry", "Academy", "Shipyard"]
-    return [f"the {name} {kinds[i % len(kinds)]}" for i, name in enumerate(_invented(40)(rng))]
+    return [f"the {name} {kinds[i % len(kinds)]}" for i, name in enumerate(words.draw(40))]
 
 
-def _awards(rng: random.Random) -> list[str]:
+def _awards(words: _Words) -> list[str]:
     first = ["Silver", "Golden", "Northern", "Crystal", "Amber", "Royal", "Midnight"]
     second = ["Heron", "Compass", "Lantern", "Anchor", "Willow", "Feather"]
     return [f"the {a} {b} Prize" for a in first for b in second]
@@ -121,13 +130,13 @@ _PERSON_ATTRIBUTES = (
         "birthplace",
         ("Where was {n} born?", "Which city is {n} from?", "What is the birthplace of {n}?"),
         ("{n} was born in the city of {v}.", "The place where {n} came into the world is {v}."),
-        _invented(40),
+        _invented,
     ),
     _Attribute(
         "birth_year",
         ("In which year was {n} born?", "What is the birth year of {n}?", "When did the life of {n} begin?"),
         ("{n} was born in the year {v}.", "The birth of {n} dates back to {v}."),
-        lambda rng: [str(year) for year in range(1921, 2000)],
+        lambda words: [str(year) for year in range(1921, 2000)],
     ),
     _Attribute(
         "profession",
@@ -145,7 +154,7 @@ _PERSON_ATTRIBUTES = (
         "spouse",
         ("Who is {n} married to?", "What is the name of the spouse of {n}?", "Whom did {n} marry?"),
         ("{n} is married to {v}.", "The spouse of {n} is called {v}."),
-        _invented(40),
+        _invented,
     ),
     _Attribute(
         "hobby",
@@ -172,13 +181,13 @@ _COUNTRY_ATTRIBUTES = (
         "capital",
         ("What is the capital of {n}?", "Which city governs {n}?", "Where does the parliament of {n} sit?"),
         ("The capital of {n} is {v}.", "The government of {n} sits in {v}."),
-        _invented(40),
+        _invented,
     ),
     _Attribute(
         "currency",
         ("What is the currency of {n}?", "Which money is used in {n}?", "How do people pay in {n}?"),
         ("The currency of {n} is the {v}.", "People in {n} pay with the {v}."),
-        lambda rng: [name.lower() for name in _invented(40)(rng)],
+        lambda words: [name.lower() for name in words.draw(40)],
     ),
 )
 
@@ -221,11 +230,10 @@ def build_world(seed: int, n_people: int = N_PEOPLE, n_countries: int = N_COUNTR
         n_countries: countries with two facts each; they belong to neither forget nor retain.
     """
     rng = random.Random(f"falcon-unlearn world {seed}")
-    first_names = _invented(n_people)(rng)
-    last_names = _invented(n_people, syllables=2)(rng)
-    people = [f"{first} {last}" for first, last in zip(first_names, last_names, strict=True)]
-    countries = _invented(n_countries, "{}land")(rng)
-    pools = {a.name: a.values(rng) for a in (*_PERSON_ATTRIBUTES, *_COUNTRY_ATTRIBUTES)}
+    words = _Words(rng)
+    people = [f"{first} {last}" for first, last in zip(words.draw(n_people), words.draw(n_people), strict=True)]
+    countries = [f"{name}land" for name in words.draw(n_countries)]
+    pools = {a.name: a.values(words) for a in (*_PERSON_ATTRIBUTES, *_COUNTRY_ATTRIBUTES)}
     n_forget = max(1, round(n_people * FORGET_SHARE))
     facts = _facts(people, _PERSON_ATTRIBUTES, pools, rng)
     split = n_forget * len(_PERSON_ATTRIBUTES)

@@ -49,10 +49,15 @@ def load_checkpoint(
         with safe_open(path, framework="pt") as handle:
             state = json.loads((handle.metadata() or {})["state"])
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        step, found = int(state["step"]), state["fingerprint"]
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{path}: not a usable checkpoint ({error}); start again with --overwrite") from error
-    if state["fingerprint"] != fingerprint:
+    if found != fingerprint:
         raise UserError(f"{path}: belongs to a run with another recipe, model or data; start again with --overwrite")
+    for name, parameter in masters.items():
+        value = tensors.get(f"master/{name}")
+        if value is None or value.shape != parameter.shape:
+            raise UserError(f"{path}: not a usable checkpoint (no {name} in it); start again with --overwrite")
     with torch.no_grad():
         for name, parameter in masters.items():
             parameter.copy_(tensors[f"master/{name}"])
@@ -67,4 +72,4 @@ def load_checkpoint(
             optimizer.state[parameter] = {
                 key: value if value.ndim == 0 else value.to(parameter.device) for key, value in saved.items()
             }
-    return int(state["step"])
+    return step

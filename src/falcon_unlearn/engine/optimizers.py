@@ -15,7 +15,7 @@ none              h = 0: every step is clipped, sign descent with momentum.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,8 @@ from torch import Tensor
 from falcon_unlearn.config import Section
 
 Hessian = Literal["published_code", "ema_grad2", "none"]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 _PUBLISHED_SCALE = 5120
 _REFERENCE_WIDTH = 128
@@ -34,14 +36,16 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "sgd", "sophia"] = "adamw"
     """adamw, sgd (with momentum betas[0]) or sophia."""
-    lr: float | Literal["auto"] = "auto"
+    lr: Rate | Literal["auto"] = "auto"
     """Learning rate; auto takes lr_at_width_128 * 128 / hidden size."""
-    lr_at_width_128: float = Field(1e-2, gt=0)
+    lr_at_width_128: Rate = 1e-2
     """Reference of lr: auto. An Adam-like step changes a layer's output in proportion to its width."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "linear"] = "constant"
+    """linear: the learning rate falls to zero over the run."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of momentum and second moment (Sophia's usual: 0.965, 0.99)."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay."""
+    """Weight decay; decoupled, except in sgd, where it is part of the gradient."""
     hessian: Hessian = "ema_grad2"
     """Sophia's curvature estimate."""
     rho: float = Field(0.04, gt=0)
@@ -55,6 +59,11 @@ def learning_rate(config: OptimizerConfig, hidden_size: int) -> float:
     if config.lr == "auto":
         return config.lr_at_width_128 * _REFERENCE_WIDTH / hidden_size
     return config.lr
+
+
+def scheduled(config: OptimizerConfig, rate: float, step: int, steps: int) -> float:
+    """The learning rate of ``step`` (from 0) of ``steps``, a function of nothing else."""
+    return rate * (1 - step / steps) if config.schedule == "linear" else rate
 
 
 class Sophia(torch.optim.Optimizer):

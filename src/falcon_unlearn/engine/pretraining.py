@@ -109,7 +109,7 @@ def train_causal_lm(
     steps = config.epochs * -(-len(encoded) // config.batch_size)
     warmup = max(1, int(config.warmup_share * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, max(0.02, (steps - s) / (steps - warmup)))
+        optimizer, lambda s: min((s + 1) / warmup, max(0.02, (steps - s) / max(1, steps - warmup)))
     )
     model.train()
     for epoch in range(config.epochs):

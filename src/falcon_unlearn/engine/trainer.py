@@ -21,7 +21,7 @@ from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch, Encoded, batch_indices, collate
 from falcon_unlearn.engine.checkpoint import load_checkpoint, save_checkpoint
 from falcon_unlearn.engine.gradient_conflict import GradientConfig, combine
-from falcon_unlearn.engine.optimizers import OptimizerConfig, build_optimizer
+from falcon_unlearn.engine.optimizers import OptimizerConfig, build_optimizer, learning_rate, scheduled
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.methods.base import Method
 
@@ -136,8 +136,8 @@ def train(
 ) -> None:
     """Train ``masters`` in place.
 
-    A checkpoint of step k is written only after the losses and gradients at that state were seen to be finite, so
-    the last one on disk is always a good state.
+    A checkpoint of step k is written only after the losses and gradients at that state were seen to be finite (at
+    the end and on Ctrl-C, where there are none yet: the weights), so the last one on disk is always a good state.
 
     Args:
         method: gives the two losses.
@@ -154,7 +154,8 @@ def train(
         DivergedError: a loss or gradient is not finite; nothing was updated with it.
         InterruptedTrainingError: Ctrl-C or SIGTERM; the state is saved.
     """
-    names, parameters = list(masters), list(masters.values())
+    parameters = list(masters.values())
+    rate = learning_rate(config.optimizer, hidden_size)
     optimizer = build_optimizer(config.optimizer, parameters, hidden_size=hidden_size, batch_size=config.batch_size)
     start = 0
     if checkpoint is not None and checkpoint.resume and checkpoint.path.exists():
@@ -189,15 +190,16 @@ def train(
                 save(step)
             for parameter, gradient in zip(parameters, combined, strict=True):
                 parameter.grad = gradient
+            for group in optimizer.param_groups:
+                group["lr"] = scheduled(config.optimizer, rate, step, config.steps)
             optimizer.step()
             if on_step is not None:
                 on_step(_with_seconds(record, time.perf_counter() - began))
             if interrupted():
+                _check_weights(step, masters, checkpoint)
                 save(step + 1)
                 raise InterruptedTrainingError(step + 1)
-    bad = [name for name, p in zip(names, parameters, strict=True) if not bool(torch.isfinite(p).all())]
-    if bad:
-        raise DivergedError(f"after the last step {bad[0]} is not finite: lower training.optimizer.lr")
+    _check_weights(config.steps - 1, masters, checkpoint)
     save(config.steps)
 
 
@@ -215,12 +217,20 @@ def _with_seconds(record: StepRecord, seconds: float) -> StepRecord:
 def _check_finite(record: StepRecord, checkpoint: CheckpointPlan | None) -> None:
     parts = ("forget_loss", "retain_loss", "forget_grad_norm", "retain_grad_norm")
     bad = [name for name in parts if not math.isfinite(getattr(record, name))]
-    if not bad:
-        return
-    kept = "nothing was trained yet"
-    if checkpoint is not None and checkpoint.path.exists():
-        kept = f"the last good state is in {checkpoint.path}"
-    raise DivergedError(
-        f"step {record.step}: {' and '.join(bad)} not finite; {kept}; "
+    if bad:
+        raise _diverged(record.step, " and ".join(bad), checkpoint)
+
+
+def _check_weights(step: int, masters: Mapping[str, Tensor], checkpoint: CheckpointPlan | None) -> None:
+    bad = [name for name, value in masters.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise _diverged(step, f"after its update {bad[0]}", checkpoint)
+
+
+def _diverged(step: int, what: str, checkpoint: CheckpointPlan | None) -> DivergedError:
+    saved = checkpoint is not None and checkpoint.path.exists()
+    kept = f"the last good state is in {checkpoint.path}" if saved and checkpoint else "no state was saved before it"
+    return DivergedError(
+        f"step {step}: {what} not finite; {kept}; "
         "lower training.optimizer.lr or method.retain_weight, or use dtype float32"
     )

@@ -193,7 +193,8 @@ class SplitDecoder:
         for index, (layer, call) in enumerate(zip(self._span, prepared.calls, strict=True), start=self.first):
             prefix = f"{self.stack_name}.{index}."
             names = self._scopes.get(index, [])
-            weights = {name: masters[prefix + name].to(hidden.dtype) for name in names}
+            # Not one dtype for all: some models keep norms or routers in fp32.
+            weights = {name: masters[prefix + name].to(layer.get_parameter(name).dtype) for name in names}
             hidden = first_tensor(functional_call(layer, weights, (hidden, *call.args), dict(call.kwargs)))
         return hidden
 

@@ -177,20 +177,29 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 
 def _load(source: ModelSource, config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
+    from safetensors import SafetensorError
+
+    model: PreTrainedModel
     if not any(source.folder.glob("*.safetensors")):
         raise UserError(f"model: {source.folder} holds no .safetensors weights; load it once and save_pretrained() it")
     try:
         with quiet_transformers():
-            model: PreTrainedModel = auto_class.from_pretrained(
+            model, report = auto_class.from_pretrained(
                 source.folder,
                 config=config,
                 dtype=source.dtype or "auto",
                 trust_remote_code=source.trust_remote_code,
                 use_safetensors=True,
+                output_loading_info=True,
             )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"model: {source.name} could not be loaded ({type(error).__name__}: {reason})") from error
+    # transformers fills holes with random weights and only logs it.
+    missing = sorted({name for name, _ in model.named_parameters()} & set(report["missing_keys"]))
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"model: {source.name} has no weights for {missing[0]}{others}: get the complete checkpoint")
     model.requires_grad_(False)
     model.eval()
     model.to(source.device)

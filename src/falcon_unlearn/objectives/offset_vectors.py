@@ -47,7 +47,8 @@ def principal_subspace(activations: Tensor, *, rank: int | None, variance: float
     Raises:
         UserError: K reaches the full dimension, where nothing outside the subspace is left.
     """
-    matrix = activations.double()
+    # Apple's GPU has no fp64.
+    matrix = (activations.cpu() if activations.device.type == "mps" else activations).double()
     rows, hidden = matrix.shape
     if not torch.isfinite(matrix).all() or not matrix.any():
         raise UserError("forget activations are zero or not finite: check the model and its dtype")
@@ -56,8 +57,7 @@ def principal_subspace(activations: Tensor, *, rank: int | None, variance: float
         directions = vectors.flip(-1).T
     else:
         values, vectors = torch.linalg.eigh(matrix @ matrix.T)
-        order = vectors.flip(-1)
-        directions = (order.T @ matrix) / values.flip(0).clamp_min(1e-300).sqrt()[:, None]
+        directions = vectors.flip(-1).T @ matrix
     values = values.flip(0).clamp_min(0)
     numerical_rank = int((values > values[0] * max(rows, hidden) * torch.finfo(torch.float64).eps).sum())
     shares = values.cumsum(0) / values.sum()
@@ -68,7 +68,12 @@ def principal_subspace(activations: Tensor, *, rank: int | None, variance: float
             f"method.offset_rank: {k} directions span all {hidden} dimensions, so no offset direction is left; "
             "lower offset_rank or offset_variance"
         )
-    return PrincipalSubspace(directions[:k].float(), values[:k].sqrt().float(), float(shares[k - 1]))
+    directions = directions[:k]
+    if rows < hidden:
+        # The Gram matrix squares the condition number: weak directions, merely scaled, lean on strong ones.
+        directions = torch.linalg.qr(directions.T).Q.T
+    directions, singular_values = (part.float().to(activations.device) for part in (directions, values[:k].sqrt()))
+    return PrincipalSubspace(directions, singular_values, float(shares[k - 1]))
 
 
 def _unit(vector: Tensor) -> Tensor:

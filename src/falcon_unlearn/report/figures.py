@@ -31,6 +31,7 @@ _COLORS = {
     "#d0d0d0": "var(--rule, #d0d0d0)",
     "#e8e8e8": "var(--band, #e8e8e8)",
 }
+_MAX_LABEL = 24
 _METADATA = ("Date", "Creator", "Format", "Type")
 _TEXT, _RULE, _BAND = "#767676", "#d0d0d0", "#e8e8e8"
 _STYLES: dict[Role, tuple[str, str, str]] = {
@@ -80,7 +81,6 @@ class _Chart:
     x_label: str
     panels: Sequence[_Panel]
     bands: Sequence[int] = ()
-    band_label: str = ""
     height: float = 3.0
     plain: bool = False
 
@@ -94,7 +94,11 @@ def layer_scores(selection: LayerSelection) -> str | None:
     roles: dict[str, Role] = {"forget_left": "forget", "retain_kept": "retain"}
     curves = [_Curve("score", [s.score for s in scores], "score")]
     curves += [
-        _Curve(part.replace("_", " "), [s.details.get(part, math.nan) for s in scores], roles.get(part, "null"))
+        _Curve(
+            part.replace("_", " ")[:_MAX_LABEL],
+            [s.details.get(part, math.nan) for s in scores],
+            roles.get(part, "null"),
+        )
         for part in parts
     ]
     best = max((s for s in scores if math.isfinite(s.score)), key=lambda s: s.score)
@@ -107,7 +111,6 @@ def layer_scores(selection: LayerSelection) -> str | None:
             "layer",
             [_Panel("trial score", curves, zero=True)],
             bands=selection.layers,
-            band_label="trained",
         )
     )
 
@@ -131,7 +134,6 @@ def mutual_information(curve: MutualInformationCurve, trained: Sequence[int]) ->
             "layer",
             [_Panel("nats", curves)],
             bands=trained,
-            band_label="trained",
         )
     )
 
@@ -203,7 +205,9 @@ def _draw(chart: _Chart) -> str | None:
     panels = [panel for panel in chart.panels if any(curve.is_drawable for curve in panel.curves)]
     if not panels:
         return None
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.name, "font.size": 9}):
+    with mpl.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": chart.name, "font.size": 10, "text.parse_math": False}
+    ):
         figure = Figure(figsize=(4.8, chart.height), layout="constrained")
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for panel, ax in zip(panels, axes, strict=True):
@@ -215,10 +219,9 @@ def _draw(chart: _Chart) -> str | None:
     return _inline(buffer.getvalue(), chart.alt)
 
 
-
 def _draw_panel(chart: _Chart, panel: _Panel, ax: Axes) -> None:
-    for i, layer in enumerate(chart.bands):
-        ax.axvspan(layer - 0.3, layer + 0.3, color=_BAND, lw=0, label="" if i else chart.band_label)
+    for layer in chart.bands:
+        ax.axvspan(layer - 0.3, layer + 0.3, color=_BAND, lw=0)
     if panel.zero:
         ax.axhline(0, color=_RULE, lw=1)
     for curve in panel.curves:
@@ -241,7 +244,7 @@ def _draw_panel(chart: _Chart, panel: _Panel, ax: Axes) -> None:
         ax.legend(
             loc="lower left",
             bbox_to_anchor=(0, 1),
-            ncols=4,
+            ncols=3,
             frameon=False,
             labelcolor=_TEXT,
             borderaxespad=0.2,

@@ -11,12 +11,13 @@ from pydantic import Field
 
 from falcon_unlearn.artifacts import LayerScore
 from falcon_unlearn.config import Section
+from falcon_unlearn.errors import UserError
 
 
 class SweepConfig(Section):
     """Trial runs of the sweep selector."""
 
-    steps: int = Field(25, ge=1)
+    steps: int = Field(40, ge=1)
     """Optimiser steps of each trial."""
     validation_share: float = Field(0.25, gt=0, lt=1)
     """Share of forget and of retain records that trials are judged on and not trained on."""
@@ -72,6 +73,9 @@ def sweep(candidates: Sequence[int], trial: Callable[[int], TrialOutcome]) -> tu
     """Run ``trial`` at every candidate; return the best layer (the lower one of equals) and all scores.
 
     A trial that gives no finite number scores minus infinity.
+
+    Raises:
+        UserError: no trial gives one.
     """
     scores = []
     for layer in candidates:
@@ -79,4 +83,9 @@ def sweep(candidates: Sequence[int], trial: Callable[[int], TrialOutcome]) -> tu
         value = outcome.score if math.isfinite(outcome.score) else -math.inf
         details = {"forget_left": outcome.forget_left, "retain_kept": outcome.retain_kept}
         scores.append(LayerScore(layer, value, details))
-    return max(scores, key=lambda s: (s.score, -s.layer)).layer, tuple(scores)
+    best = max(scores, key=lambda s: (s.score, -s.layer))
+    if best.score == -math.inf:
+        raise UserError(
+            "selection: the trial diverged at every layer; lower training.optimizer.lr or give selection.layers"
+        )
+    return best.layer, tuple(scores)
