@@ -8,4 +8,10 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A validated, frozen piece of configuration: unknown keys are errors, a field's docstring is its help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,
+    )

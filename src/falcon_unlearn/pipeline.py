@@ -105,9 +105,18 @@ class _Inputs:
         self.seconds[stage] = round(time.perf_counter() - began, 3)
 
 
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute with ``count`` threads, and with the caller's number again afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
     base_dir = Path.cwd()
     corpus = load_corpus(recipe.corpus, base_dir)
     source = resolve_model(
@@ -319,8 +328,13 @@ def run_recipe(
         UserError: anything wrong with recipe, data, model or output folder; nothing was written then.
         Interrupted: Ctrl-C; finished stages and the training state are kept.
     """
+    with _threads(recipe.threads):
+        return _run_stages(recipe, console or Console(quiet=True), resume=resume, overwrite=overwrite, allowed=allowed)
+
+
+def _run_stages(recipe: Recipe, console: Console, *, resume: bool, overwrite: bool, allowed: Sequence[str]) -> Run:
     started = datetime.now(UTC)
-    inputs = _read_inputs(recipe, console or Console(quiet=True))
+    inputs = _read_inputs(recipe, console)
     folder = open_run_folder(recipe, resume=resume, overwrite=overwrite, allowed=allowed)
     finished = folder.is_finished(recipe)
     start_run(folder, recipe, _corpus_facts(inputs))
@@ -362,15 +376,16 @@ def select_layers_of(
         Interrupted: Ctrl-C.
     """
     started = datetime.now(UTC)
-    inputs = _read_inputs(recipe, console or Console(quiet=True))
-    folder = open_run_folder(recipe, resume=resume, overwrite=overwrite)
-    start_run(folder, recipe, _corpus_facts(inputs))
-    _say_corpus(inputs)
-    try:
-        selection = _select(inputs, folder, lambda: load_causal_lm(inputs.source))
-    except KeyboardInterrupt as stop:
-        raise Interrupted(f"stopped; nothing was selected yet, {folder.path} can be resumed") from stop
-    _write_provenance(inputs, folder, started)
+    with _threads(recipe.threads):
+        inputs = _read_inputs(recipe, console or Console(quiet=True))
+        folder = open_run_folder(recipe, resume=resume, overwrite=overwrite)
+        start_run(folder, recipe, _corpus_facts(inputs))
+        _say_corpus(inputs)
+        try:
+            selection = _select(inputs, folder, lambda: load_causal_lm(inputs.source))
+        except KeyboardInterrupt as stop:
+            raise Interrupted(f"stopped; nothing was selected yet, {folder.path} can be resumed") from stop
+        _write_provenance(inputs, folder, started)
     return selection, folder.path
 
 

@@ -18,14 +18,14 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "falcon": {
         # Chosen on the embedded benchmark with seeds that the README's figures do not use: see docs/science.md.
         "default": {
-            "corpus": {"loss_mask": "answer"},
+            "corpus": {"loss_mask": "all"},
             "method": {"offset": "paper", "offset_variance": 0.9, "retain_weight": 1.0},
             "selection": {"selector": "sweep", "span": 1},
             "training": {
                 "steps": 100,
                 "batch_size": 32,
                 "modules": "mlp",
-                "optimizer": {"name": "adamw", "lr": "auto", "schedule": "linear"},
+                "optimizer": {"name": "adamw", "lr": "auto"},
                 "gradients": {"combination": "falcon"},
             },
         },

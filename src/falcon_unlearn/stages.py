@@ -275,6 +275,8 @@ def _sweep(
         return sum(found) / len(found) if found else math.nan
 
     before = {side: probability(side) for side in held}
+    if not all(value > 0 for value in before.values()):
+        raise UserError("selection: the model gives the validation answers no probability at all; name layers instead")
     trial_training = recipe.training.model_copy(update={"steps": config.steps})
     data = TrainingData(parts["forget"], parts["retain"], encoded.pad_id, model.device)
 

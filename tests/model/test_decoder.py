@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from tiny_models import ARCHITECTURES, FORGET_BATCH, RETAIN_BATCH, build_model, shared_model
 from torch import nn
 
 from falcon_unlearn.corpus.batching import Batch
@@ -24,6 +25,16 @@ MLP_INPUT = {
     "mixtral": ["mlp.experts.gate_up_proj"],
     "qwen3_moe": ["mlp.experts.gate_up_proj"],
 }
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(architecture):
+    return shared_model(architecture)
 
 
 def offset_vector(width):
@@ -84,11 +95,11 @@ def hooks(model):
 
 
 @pytest.mark.parametrize("layers", [(2,), (1, 2, 3)], ids=["one", "three"])
-def test_equals_two_full_models_to_the_bit(model, layers, forget_batch, retain_batch):
+def test_equals_two_full_models_to_the_bit(model, layers):
     decoder = SplitDecoder(model, layers, "all")
     masters = decoder.masters()
-    losses, gradients = split_way(decoder, masters, forget_batch, retain_batch)
-    expected_losses, expected_gradients = two_model_way(model, set(masters), layers[-1], forget_batch, retain_batch)
+    losses, gradients = split_way(decoder, masters, FORGET_BATCH, RETAIN_BATCH)
+    expected_losses, expected_gradients = two_model_way(model, set(masters), layers[-1], FORGET_BATCH, RETAIN_BATCH)
     assert [loss.item() for loss in losses] == [loss.item() for loss in expected_losses]
     for got, expected in zip(gradients, expected_gradients, strict=True):
         assert got.keys() == expected.keys()
@@ -96,22 +107,22 @@ def test_equals_two_full_models_to_the_bit(model, layers, forget_batch, retain_b
     assert all(gradient.any() for name, gradient in gradients[0].items() if "k_proj.bias" not in name)
 
 
-def test_stays_equal_after_an_update(model, forget_batch, retain_batch):
+def test_stays_equal_after_an_update(model):
     """Retain gradients are zero at the original weights; away from them both losses have something to say."""
     decoder = SplitDecoder(model, (1, 2, 3), "mlp")
     masters = decoder.masters()
     with torch.no_grad():
         for value in masters.values():
             value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(4)))
-    losses, gradients = split_way(decoder, masters, forget_batch, retain_batch)
+    losses, gradients = split_way(decoder, masters, FORGET_BATCH, RETAIN_BATCH)
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for name, value in masters.items():
             changed.get_parameter(name).copy_(value)
             changed.get_parameter(name).requires_grad_()
-    originals = {id(b): whole_model_target(model, 3, b).detach() for b in (forget_batch, retain_batch)}
+    originals = {id(b): whole_model_target(model, 3, b).detach() for b in (FORGET_BATCH, RETAIN_BATCH)}
     expected = falcon_losses(
-        lambda b: whole_model_target(changed, 3, b), lambda b: originals[id(b)], forget_batch, retain_batch
+        lambda b: whole_model_target(changed, 3, b), lambda b: originals[id(b)], FORGET_BATCH, RETAIN_BATCH
     )
     assert losses[1] > 1e-3
     for i in range(2):
@@ -123,33 +134,33 @@ def test_stays_equal_after_an_update(model, forget_batch, retain_batch):
             assert torch.equal(gradients[i][name], changed.get_parameter(name).grad)
 
 
-def test_layers_between_trained_ones_stay_frozen(build_model, forget_batch, retain_batch):
+def test_layers_between_trained_ones_stay_frozen():
     model = build_model("llama")
     decoder = SplitDecoder(model, (3, 1), "mlp")
     masters = decoder.masters()
     assert {name.split(".")[2] for name in masters} == {"1", "3"}
-    losses, gradients = split_way(decoder, masters, forget_batch, retain_batch)
-    expected_losses, expected = two_model_way(model, set(masters), 3, forget_batch, retain_batch)
+    losses, gradients = split_way(decoder, masters, FORGET_BATCH, RETAIN_BATCH)
+    expected_losses, expected = two_model_way(model, set(masters), 3, FORGET_BATCH, RETAIN_BATCH)
     assert losses[0].item() == expected_losses[0].item()
     assert all(torch.equal(gradients[0][name], expected[0][name]) for name in masters)
 
 
-def test_last_layer_can_be_the_target(model, forget_batch):
+def test_last_layer_can_be_the_target(model):
     last = model.config.num_hidden_layers - 1
     decoder = SplitDecoder(model, (last,), "mlp")
     seen = []
     handle = find_layers(model)[1][last].register_forward_hook(lambda m, a, out: seen.append(out))
     try:
-        model(input_ids=forget_batch.input_ids, attention_mask=forget_batch.attention_mask, use_cache=False)
+        model(input_ids=FORGET_BATCH.input_ids, attention_mask=FORGET_BATCH.attention_mask, use_cache=False)
     finally:
         handle.remove()
     expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    prepared = decoder.prepare(forget_batch)
+    prepared = decoder.prepare(FORGET_BATCH)
     assert torch.equal(prepared.frozen, expected)
     assert torch.equal(decoder.updated(prepared, decoder.masters()), expected)
 
 
-def test_runs_the_prefix_once_and_nothing_above_the_target(model, forget_batch):
+def test_runs_the_prefix_once_and_nothing_above_the_target(model):
     counts = {}
     handles = [
         module.register_forward_pre_hook(lambda m, a, name=name: counts.update({name: counts.get(name, 0) + 1}))
@@ -159,7 +170,7 @@ def test_runs_the_prefix_once_and_nothing_above_the_target(model, forget_batch):
     try:
         decoder = SplitDecoder(model, (2, 3), "mlp")
         masters = decoder.masters()
-        prepared = decoder.prepare(forget_batch)
+        prepared = decoder.prepare(FORGET_BATCH)
         assert [counts.get(f"{stack_name}.{i}", 0) for i in range(len(stack))] == [1, 1, 1, 1, 0]
         counts_after_prepare = dict(counts)
         decoder.updated(prepared, masters)
@@ -183,11 +194,11 @@ def test_runs_the_prefix_once_and_nothing_above_the_target(model, forget_batch):
     assert norms[0] not in counts
 
 
-def test_prepare_leaves_no_hooks_and_no_changes(model, forget_batch):
+def test_prepare_leaves_no_hooks_and_no_changes(model):
     before, hooks_before = {name: value.clone() for name, value in model.state_dict().items()}, hooks(model)
     decoder = SplitDecoder(model, (1, 2), "all")
     masters = decoder.masters()
-    loss = decoder.updated(decoder.prepare(forget_batch), masters).square().sum()
+    loss = decoder.updated(decoder.prepare(FORGET_BATCH), masters).square().sum()
     torch.autograd.backward(loss)
     with torch.no_grad():
         for value in masters.values():
@@ -197,44 +208,44 @@ def test_prepare_leaves_no_hooks_and_no_changes(model, forget_batch):
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
-def test_hooks_go_when_the_forward_fails(build_model, forget_batch):
+def test_hooks_go_when_the_forward_fails():
     model = build_model("llama")
-    bad = Batch(forget_batch.input_ids + 10_000, forget_batch.attention_mask, forget_batch.answer_mask)
+    bad = Batch(FORGET_BATCH.input_ids + 10_000, FORGET_BATCH.attention_mask, FORGET_BATCH.answer_mask)
     with pytest.raises(IndexError):
         SplitDecoder(model, (1,), "mlp").prepare(bad)
     assert hooks(model) == 0
 
 
-def test_padding_does_not_change_what_counts(model, forget_batch):
+def test_padding_does_not_change_what_counts(model):
     def widened(value, fill):
         return torch.nn.functional.pad(value, (0, 7), value=fill)
 
     wide = Batch(
-        widened(forget_batch.input_ids, 5),
-        widened(forget_batch.attention_mask, 0),
-        widened(forget_batch.answer_mask, fill=False),
+        widened(FORGET_BATCH.input_ids, 5),
+        widened(FORGET_BATCH.attention_mask, 0),
+        widened(FORGET_BATCH.answer_mask, fill=False),
     )
     decoder = SplitDecoder(model, (1, 2, 3), "mlp")
-    narrow = decoder.prepare(forget_batch).frozen[forget_batch.loss_mask("all")]
+    narrow = decoder.prepare(FORGET_BATCH).frozen[FORGET_BATCH.loss_mask("all")]
     torch.testing.assert_close(decoder.prepare(wide).frozen[wide.loss_mask("all")], narrow, atol=1e-5, rtol=1e-5)
 
 
-def test_bf16_model_trains_fp32_masters(architecture, build_model, forget_batch, retain_batch):
+def test_bf16_model_trains_fp32_masters(architecture):
     model = build_model(architecture).to(torch.bfloat16)
     decoder = SplitDecoder(model, (1, 2), "all")
     masters = decoder.masters()
     assert all(m.dtype == torch.float32 and m.is_leaf and m.requires_grad for m in masters.values())
     assert all(torch.equal(m.detach().bfloat16(), model.get_parameter(n)) for n, m in masters.items())
-    prepared = decoder.prepare(forget_batch)
+    prepared = decoder.prepare(FORGET_BATCH)
     assert prepared.frozen.dtype == torch.bfloat16
     assert torch.equal(decoder.updated(prepared, masters), prepared.frozen)
-    losses, gradients = split_way(decoder, masters, forget_batch, retain_batch)
+    losses, gradients = split_way(decoder, masters, FORGET_BATCH, RETAIN_BATCH)
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses)
     assert all(g.dtype == torch.float32 and g.isfinite().all() for part in gradients for g in part.values())
     assert any(g.any() for g in gradients[0].values())
 
 
-def test_parameters_kept_in_fp32_stay_so(build_model, forget_batch):
+def test_parameters_kept_in_fp32_stay_so():
     """Some models keep norms or routers in fp32 inside a bf16 model: masters take the dtype of each parameter."""
     model = build_model("gpt2").to(torch.bfloat16)
     model.transformer.h[1].mlp.float()
@@ -242,7 +253,7 @@ def test_parameters_kept_in_fp32_stay_so(build_model, forget_batch):
     block.register_forward_pre_hook(lambda m, args: (args[0].float(),))
     block.register_forward_hook(lambda m, args, out: out.bfloat16())
     decoder = SplitDecoder(model, (1,), "mlp")
-    prepared = decoder.prepare(forget_batch)
+    prepared = decoder.prepare(FORGET_BATCH)
     assert torch.equal(decoder.updated(prepared, decoder.masters()), prepared.frozen)
 
 
@@ -301,7 +312,7 @@ class TestScope:
         assert rest == ({"mlp.gate.weight"} if architecture in ("mixtral", "qwen3_moe") else set())
         assert scope_parameters(layer, "all") == list(parameters)
 
-    def test_endings_are_taken_exactly(self, build_model):
+    def test_endings_are_taken_exactly(self):
         layer = build_model("llama").model.layers[0]
         assert scope_parameters(layer, ["self_attn.o_proj", "up_proj"]) == [
             "self_attn.o_proj.weight",
@@ -310,7 +321,7 @@ class TestScope:
         assert scope_parameters(layer, ("input_layernorm",)) == ["input_layernorm.weight"]
 
     @pytest.mark.parametrize("modules", ["downproj", ["o_project"], []])
-    def test_no_match_says_what_there_is(self, build_model, modules):
+    def test_no_match_says_what_there_is(self, modules):
         with pytest.raises(
             UserError, match=r"training\.modules: .* matches nothing in LlamaDecoderLayer: self_attn\.q_proj"
         ):
@@ -326,20 +337,20 @@ class TestScope:
 
 
 class TestReplaced:
-    def test_computes_with_the_masters_inside_and_restores_after(self, model, forget_batch):
+    def test_computes_with_the_masters_inside_and_restores_after(self, model):
         decoder = SplitDecoder(model, (1, 2), "mlp")
         masters = {name: value + 0.1 for name, value in decoder.masters().items()}
         before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
-        prepared = decoder.prepare(forget_batch)
+        prepared = decoder.prepare(FORGET_BATCH)
         with replaced(model, masters):
-            inside = whole_model_target(model, 2, forget_batch)
+            inside = whole_model_target(model, 2, FORGET_BATCH)
             assert torch.equal(inside, decoder.updated(prepared, masters))
         assert not torch.equal(inside, prepared.frozen)
         for name, parameter in model.named_parameters():
             assert parameter.data_ptr() == before[name][0]
             assert torch.equal(parameter, before[name][1])
 
-    def test_restores_after_an_error(self, build_model):
+    def test_restores_after_an_error(self):
         model = build_model("llama")
         name = "model.layers.1.mlp.up_proj.weight"
         before = model.get_parameter(name).clone()
@@ -352,13 +363,13 @@ class TestReplaced:
             fail()
         assert torch.equal(model.get_parameter(name), before)
 
-    def test_takes_the_models_dtype(self, build_model):
+    def test_takes_the_models_dtype(self):
         model = build_model("llama").to(torch.bfloat16)
         masters = SplitDecoder(model, (1,), "mlp").masters()
         with replaced(model, masters):
             assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
-    def test_unknown_name_changes_nothing(self, build_model):
+    def test_unknown_name_changes_nothing(self):
         model = build_model("llama")
         name = "model.layers.1.mlp.up_proj.weight"
         before = model.get_parameter(name).clone()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import ARCHITECTURES, FORGET_BATCH, MIXTURES, build_model, shared_model
 from transformers import AutoModel
 
 from falcon_unlearn.model.decoder import SplitDecoder
@@ -23,6 +24,19 @@ def source_of(folder):
 
 def layer_names(names, layers):
     return {name for name in names if any(f".{part}.{i}." in f".{name}" for i in layers for part in ("layers", "h"))}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def saved(architecture, tmp_path_factory):
+    """The folder of the architecture's shared model, in several shards."""
+    folder = tmp_path_factory.mktemp(architecture)
+    shared_model(architecture).save_pretrained(folder, max_shard_size="40KB")
+    return folder
 
 
 LOADERS = {"whole": load_causal_lm, "first_layers": lambda source: load_first_layers(source, 3)}
@@ -47,7 +61,7 @@ class TestEveryArchitecture:
         assert sorted(key for part in single.values() for key in part) == sorted(together)
         assert all(torch.equal(value, together[key]) for part in single.values() for key, value in part.items())
 
-    def test_a_change_comes_back_through_the_disk(self, saved, loader, tmp_path, forget_batch):
+    def test_a_change_comes_back_through_the_disk(self, saved, loader, tmp_path):
         """memory -> disk names -> checkpoint -> memory is the identity on what was trained."""
         model, stored = loader(source_of(saved)), read_folder(saved)
         decoder = SplitDecoder(model, LAYERS, "mlp")
@@ -66,12 +80,12 @@ class TestEveryArchitecture:
         (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
         reloaded = SplitDecoder(load_first_layers(source_of(tmp_path), 3), LAYERS, "mlp")
         assert torch.equal(
-            reloaded.prepare(forget_batch).frozen, decoder.updated(decoder.prepare(forget_batch), masters)
+            reloaded.prepare(FORGET_BATCH).frozen, decoder.updated(decoder.prepare(FORGET_BATCH), masters)
         )
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_checkpoints_without_the_models_prefix(architecture, build_model, tmp_path):
+def test_checkpoints_without_the_models_prefix(architecture, tmp_path):
     """GPT-2 on the hub stores ``h.0...`` where the model with a head says ``transformer.h.0...``."""
     build_model(architecture).base_model.save_pretrained(tmp_path)
     stored = read_folder(tmp_path)
@@ -84,9 +98,9 @@ def test_checkpoints_without_the_models_prefix(architecture, build_model, tmp_pa
 
 
 class TestExperts:
-    @pytest.fixture
-    def folder(self, mixture, build_model, tmp_path):
-        build_model(mixture).save_pretrained(tmp_path)
+    @pytest.fixture(params=MIXTURES)
+    def folder(self, request, tmp_path):
+        build_model(request.param).save_pretrained(tmp_path)
         return tmp_path
 
     @pytest.mark.parametrize(("fused", "parts"), [("down_proj", 1), ("gate_up_proj", 2)])
@@ -112,7 +126,7 @@ class TestExperts:
         assert all(value.ndim == 2 for value in written.values())
 
 
-def test_a_tensor_the_checkpoint_does_not_have_is_our_defect(build_model):
+def test_a_tensor_the_checkpoint_does_not_have_is_our_defect():
     model = build_model("llama")
     masters = SplitDecoder(model, (1,), "down_proj").masters()
     with pytest.raises(AssertionError, match="no counterpart"):

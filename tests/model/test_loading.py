@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_models import ARCHITECTURES, FORGET_BATCH, build_model, shared_model
 from transformers.utils import logging as hf_logging
 
 from falcon_unlearn.errors import UserError
@@ -29,8 +30,26 @@ def source_of(folder, dtype=torch.float32):
     return ModelSource(str(folder), folder, torch.device("cpu"), dtype)
 
 
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def llama_folder(build_model, tmp_path_factory):
+def model(architecture):
+    return shared_model(architecture)
+
+
+@pytest.fixture(scope="module")
+def saved(architecture, tmp_path_factory):
+    """The folder of the architecture's shared model, in several shards."""
+    folder = tmp_path_factory.mktemp(architecture)
+    shared_model(architecture).save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     build_model("llama").save_pretrained(folder)
     return folder
@@ -44,11 +63,11 @@ def own_folder(llama_folder, tmp_path):
 
 
 class TestFirstLayers:
-    def test_activations_equal_the_whole_models(self, model, saved, forget_batch):
+    def test_activations_equal_the_whole_models(self, model, saved):
         partial = load_first_layers(source_of(saved), COUNT)
         layers = tuple(range(1, COUNT))
         whole, part = SplitDecoder(model, layers, "all"), SplitDecoder(partial, layers, "all")
-        expected, got = whole.prepare(forget_batch), part.prepare(forget_batch)
+        expected, got = whole.prepare(FORGET_BATCH), part.prepare(FORGET_BATCH)
         assert torch.equal(got.hidden, expected.hidden)
         assert torch.equal(got.frozen, expected.frozen)
         assert torch.equal(part.updated(got, part.masters()), expected.frozen)
@@ -70,11 +89,11 @@ class TestFirstLayers:
         assert not partial.training
         assert not any(p.requires_grad for p in partial.parameters())
 
-    def test_all_layers_can_be_asked_for(self, model, saved, forget_batch):
+    def test_all_layers_can_be_asked_for(self, model, saved):
         partial = load_first_layers(source_of(saved), model.config.num_hidden_layers)
         last = (model.config.num_hidden_layers - 1,)
-        expected = SplitDecoder(model, last, "mlp").prepare(forget_batch).frozen
-        assert torch.equal(SplitDecoder(partial, last, "mlp").prepare(forget_batch).frozen, expected)
+        expected = SplitDecoder(model, last, "mlp").prepare(FORGET_BATCH).frozen
+        assert torch.equal(SplitDecoder(partial, last, "mlp").prepare(FORGET_BATCH).frozen, expected)
 
     @pytest.mark.parametrize("count", [0, 6])
     def test_a_count_out_of_range_is_refused(self, llama_folder, count):
@@ -91,7 +110,7 @@ def test_whole_model_is_what_was_saved(model, saved):
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_dtype_auto_keeps_the_checkpoints_and_a_choice_casts(build_model, tmp_path):
+def test_dtype_auto_keeps_the_checkpoints_and_a_choice_casts(tmp_path):
     build_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
     assert {p.dtype for p in load_first_layers(source_of(tmp_path, None), 2).parameters()} == {torch.bfloat16}
     assert {p.dtype for p in load_first_layers(source_of(tmp_path), 2).parameters()} == {torch.float32}

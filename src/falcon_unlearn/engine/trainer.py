@@ -186,7 +186,7 @@ def train(
                 seconds=0.0,
             )
             _check_finite(record, checkpoint)
-            if step > start and step % config.checkpoint_every == 0:
+            if step % config.checkpoint_every == 0:
                 save(step)
             for parameter, gradient in zip(parameters, combined, strict=True):
                 parameter.grad = gradient

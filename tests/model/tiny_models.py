@@ -1,6 +1,7 @@
-"""Tiny random models of every supported architecture, and one padded batch."""
+"""Tiny random models of every supported architecture, and two padded batches."""
 
-import pytest
+import functools
+
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -46,7 +47,7 @@ ARCHITECTURES = {
 MIXTURES = ("mixtral", "qwen3_moe")
 
 
-def build(architecture, seed=0, **changes):
+def build_model(architecture, seed=0, **changes):
     """A random model in eval mode in which every parameter matters (no zero biases, no unit norms)."""
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[architecture](**{**ARCHITECTURES[architecture], **changes})
@@ -57,33 +58,10 @@ def build(architecture, seed=0, **changes):
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="session")
-def build_model():
-    return build
-
-
-@pytest.fixture(scope="session", params=list(ARCHITECTURES))
-def architecture(request):
-    return request.param
-
-
-@pytest.fixture(scope="session", params=MIXTURES)
-def mixture(request):
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def model(architecture):
-    """Shared by all tests of an architecture: whoever changes it puts it back."""
-    return build(architecture)
-
-
-@pytest.fixture(scope="session")
-def saved(architecture, model, tmp_path_factory):
-    """The folder of :func:`model`, in several shards."""
-    folder = tmp_path_factory.mktemp(architecture)
-    model.save_pretrained(folder, max_shard_size="40KB")
-    return folder
+@functools.cache
+def shared_model(architecture):
+    """One model for all tests of an architecture: whoever changes it puts it back."""
+    return build_model(architecture)
 
 
 def random_records(seed, lengths):
@@ -94,11 +72,5 @@ def random_records(seed, lengths):
     ]
 
 
-@pytest.fixture(scope="session")
-def forget_batch():
-    return collate(random_records(1, (9, 17, 13)), pad_id=0)
-
-
-@pytest.fixture(scope="session")
-def retain_batch():
-    return collate(random_records(2, (16, 7, 11)), pad_id=0)
+FORGET_BATCH = collate(random_records(1, (9, 17, 13)), pad_id=0)
+RETAIN_BATCH = collate(random_records(2, (16, 7, 11)), pad_id=0)
