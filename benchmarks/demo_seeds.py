@@ -24,6 +24,8 @@ COLUMNS = (
     ("ROUGE-L", "after", "forget_rouge"),
     ("quality p", "after", "forget_quality"),
     ("utility", "after", "model_utility"),
+    ("oracle acc", "oracle", "forget_accuracy"),
+    ("oracle prob", "oracle", "forget_probability"),
 )
 
 
@@ -61,11 +63,11 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"seeds": rows, "mean": mean, "sd": spread}, indent=2))
         return
-    print("seed  " + "".join(f"{name:>14}" for name in columns))
+    print("seed  " + "".join(f"{name:>13}" for name in columns))
     for seed, row in rows.items():
-        print(f"{seed:<6}" + "".join(f"{row[name]:>14.3g}" for name in columns))
-    print("mean  " + "".join(f"{mean[name]:>14.3g}" for name in columns))
-    print("sd    " + "".join(f"{spread[name]:>14.2g}" for name in columns))
+        print(f"{seed:<6}" + "".join(f"{row[name]:>13.3g}" for name in columns))
+    print("mean  " + "".join(f"{mean[name]:>13.3g}" for name in columns))
+    print("sd    " + "".join(f"{spread[name]:>13.2g}" for name in columns))
     passed = sum(value > 0.05 for value in values["quality p"])
     print(f"forget quality above .05 in {passed} of {len(rows)} seeds")
 

@@ -2,14 +2,20 @@
 
 import copy
 import json
+import os
 import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+# Two workers on two cores: one thread each, for the commands they start as well.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings
+
+torch.set_num_threads(1)
 
 # A shared machine is slow now and then; that is no finding.
 settings.register_profile("falcon-unlearn", deadline=None)

@@ -358,9 +358,8 @@ def _locate(source: str, base_dir: Path, where: str) -> Path | None:
     except (OSError, RuntimeError) as error:
         raise UserError(f"{where}: cannot look up '{source}': {error}") from error
     if Path(source).suffix.lower() in _READERS or source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
-        looked = (
-            "" if Path(source).is_absolute() or source.startswith("~") else f" (looked in {base_dir} and {Path.cwd()})"
-        )
+        relative = not Path(source).is_absolute() and not source.startswith("~")
+        looked = f" (looked beside the recipe and in {Path.cwd()})" if relative else ""
         raise UserError(f"{where}: missing file '{source}'{looked}: check the path")
     return None
 

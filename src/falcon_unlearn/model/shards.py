@@ -140,7 +140,7 @@ def tensor_spans(folder: Path) -> dict[str, TensorSpan]:
             f"{folder}: has pytorch_model.bin only, and only safetensors is read; convert it with "
             f"transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    raise UserError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise UserError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder with safetensors weights")
 
 
 def iter_bytes(folder: Path, span: TensorSpan) -> Iterator[bytes]:
