@@ -445,7 +445,7 @@ def test_several_domains(overlapping):
 
 
 def test_messages_name_the_domain(overlapping):
-    with pytest.raises(UserError, match=r"^corpus\.forget\.bio: missing file 'gone\.jsonl' \(looked in "):
+    with pytest.raises(UserError, match=r"^corpus\.forget\.bio: missing file 'gone\.jsonl' \(looked beside "):
         corpus(overlapping, forget={"bio": "gone.jsonl"}, retain="r.jsonl")
 
 

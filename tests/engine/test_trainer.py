@@ -269,9 +269,15 @@ class TestNonFinite:
 
     def test_before_the_first_checkpoint_none_is_claimed(self, corpus, tmp_path):
         path = tmp_path / "state"
-        with pytest.raises(DivergedError, match=r"^step 2: forget_loss and .*; no state was saved before it;"):
-            train_toy(corpus, path, spoil=lambda step, losses, m: nan_forget(losses, m) if step == 2 else losses)
+        with pytest.raises(DivergedError, match=r"^step 0: forget_loss and .*; no state was saved before it;"):
+            train_toy(corpus, path, spoil=lambda step, losses, m: nan_forget(losses, m) if step == 0 else losses)
         assert not path.exists()
+
+    def test_the_state_before_the_first_update_is_kept(self, corpus, tmp_path):
+        path = tmp_path / "state"
+        with pytest.raises(DivergedError, match=r"^step 2: forget_loss and .*; the last good state is in"):
+            train_toy(corpus, path, spoil=lambda step, losses, m: nan_forget(losses, m) if step == 2 else losses)
+        assert saved_step(path) == 0
 
     def test_the_last_update_is_looked_at_too(self, corpus, tmp_path):
         path = tmp_path / "state"
