@@ -13,8 +13,11 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from falcon_unlearn.embedded import write_models
 
 COLUMNS = (
     ("acc before", "before", "forget_accuracy"),
@@ -29,12 +32,14 @@ COLUMNS = (
 )
 
 
-def run_seed(seed: int, out: Path, overrides: list[str]) -> dict[str, float]:
+def run_seed(seed: int, out: Path) -> dict[str, float]:
     """One demo in a fresh process; the values of ``COLUMNS`` and how long it took without training its models."""
+    with tempfile.TemporaryDirectory() as warm:
+        write_models(seed, Path(warm), retrain=False, say=lambda line: print(line, file=sys.stderr))
     folder = out / f"seed-{seed}"
     command = [sys.executable, "-m", "falcon_unlearn", "demo", "--seed", str(seed), "--out", str(folder)]
     began = time.perf_counter()
-    subprocess.run([*command, "--overwrite", *overrides], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "--overwrite"], check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - began
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     selection = json.loads((folder / "layer_selection.json").read_text(encoding="utf-8"))
@@ -54,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = {}
     for seed in arguments.seeds:
-        rows[seed] = run_seed(seed, arguments.out, [])
+        rows[seed] = run_seed(seed, arguments.out)
         print(f"seed {seed}: {rows[seed]}", file=sys.stderr)
     columns = list(next(iter(rows.values())))
     values = {name: [row[name] for row in rows.values()] for name in columns}

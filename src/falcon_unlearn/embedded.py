@@ -95,6 +95,7 @@ def _train_both(seed: int, folder: Path) -> None:
             subprocess.Popen(  # noqa: S603 (our own module, our own arguments)
                 [sys.executable, "-m", "falcon_unlearn.embedded", str(seed), part, str(staging / part)],
                 env=environment,
+                start_new_session=True,  # Ctrl-C is for us; we end them
             )
             for part in PARTS
         ]
@@ -103,6 +104,7 @@ def _train_both(seed: int, folder: Path) -> None:
         except BaseException:
             for worker in workers:
                 worker.terminate()
+                worker.wait()
             raise
         if any(codes):
             raise UserError(f"demo: training the models of seed {seed} failed; see the lines above")
@@ -139,7 +141,9 @@ def write_models(seed: int, folder: Path, *, retrain: bool, say: Callable[[str],
 
 def _copy_pair(pair: Path, folder: Path) -> None:
     for part in PARTS:
-        shutil.copytree(pair / part, folder / part, dirs_exist_ok=True)
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for path in sorted((pair / part).iterdir()):
+            shutil.copyfile(path, folder / part / path.name)
         for name in TOKENIZER_FILES:  # shipped once, for both
             if not (folder / part / name).exists():
                 shutil.copy2(pair / "model" / name, folder / part / name)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from falcon_unlearn.artifacts import LayerSelection, Metrics, SampleScore, StepR
 from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.batching import Encoder
 from falcon_unlearn.corpus.records import Record
-from falcon_unlearn.corpus.sources import Corpus, load_corpus
+from falcon_unlearn.corpus.sources import Corpus, content_hash, load_corpus
 from falcon_unlearn.engine.trainer import CheckpointPlan, InterruptedTrainingError
 from falcon_unlearn.evaluation.metrics import FORGET_SET, compute_metrics
 from falcon_unlearn.model.decoder import renamed_to, replaced
@@ -40,7 +39,7 @@ from falcon_unlearn.model.loading import (
     text_config,
 )
 from falcon_unlearn.model.patch import Patch, read_patch, write_patch
-from falcon_unlearn.model.shards import tensor_spans
+from falcon_unlearn.model.shards import fingerprint, tensor_spans
 from falcon_unlearn.recipe import Recipe
 from falcon_unlearn.report.html import write_report
 from falcon_unlearn.run_folder import RunFolder, open_run_folder, start_run
@@ -96,6 +95,17 @@ class _Inputs:
     on_disk: Mapping[str, Any]
     console: Console
     seconds: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """What a resumed run must still find as it was."""
+        return {
+            "model": fingerprint(self.source.folder),
+            **({} if self.oracle is None else {"evaluation.oracle": fingerprint(self.oracle.folder)}),
+            **{f"corpus.{name}": digest for name, digest in self.corpus.hashes.items()},
+            **{f"evaluation.{name}": content_hash(records) for name, records in self.sets.items()},
+        }
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -137,8 +147,8 @@ def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
             key="evaluation.oracle",
         )
     config = load_config(source)
-    check_layers(recipe, config)
     on_disk = tensor_spans(source.folder)
+    check_layers(recipe, config, {name: span.shape for name, span in on_disk.items()})
     encoder = Encoder(
         load_tokenizer(source), template=recipe.corpus.template, plain_template=recipe.corpus.plain_template
     )
@@ -154,7 +164,7 @@ def _corpus_facts(inputs: _Inputs) -> dict[str, Any]:
         "lengths": inputs.encoded.lengths,
         "template": inputs.encoder.describe(),
         "loss_mask": inputs.encoded.loss_mask,
-        "hashes": inputs.corpus.hashes,
+        "hashes": inputs.hashes,
         "scored_records": {name: len(records) for name, records in inputs.sets.items()},
     }
 
@@ -169,7 +179,8 @@ def _say_corpus(inputs: _Inputs) -> None:
         say(f"{report.overlap} records stand in both forget and retain: {report.on_overlap}")
     for name, length in inputs.encoded.lengths.items():
         if length.longer:
-            say(f"{name}: {length.longer} records longer than {length.limit} tokens: {length.action}")
+            out = f", {length.left_out} left out" if length.left_out else ""
+            say(f"{name}: {length.longer} records longer than {length.limit} tokens: {length.action}{out}")
 
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:
@@ -183,7 +194,9 @@ def _hash_of(tensors: Mapping[str, Tensor]) -> str:
 def _fingerprint(inputs: _Inputs, selection: LayerSelection, masters: Mapping[str, Tensor]) -> str:
     """Hash of all that decides a training run: equal fingerprints may share a checkpoint."""
     recipe = inputs.recipe.model_dump(mode="json", include={"corpus", "method", "training", "seed", "dtype"})
-    parts = [recipe, dict(inputs.corpus.hashes), selection.layers, _hash_of(masters)]
+    encoded = inputs.encoded  # a chat template may depend on more than the records, such as the date
+    tokens = [[item.ids for item in items] for side in (encoded.forget, encoded.retain) for items in side.values()]
+    parts = [recipe, dict(inputs.corpus.hashes), tokens, selection.layers, _hash_of(masters)]
     return hashlib.sha256(json.dumps(to_plain(parts), sort_keys=True).encode()).hexdigest()
 
 
@@ -221,8 +234,9 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
     with inputs.console.bar(recipe.training.steps, "unlearning") as bar:
 
         def plan(masters: Mapping[str, Tensor]) -> CheckpointPlan:
-            fingerprint = _fingerprint(inputs, selection, masters)
-            return CheckpointPlan(folder / "checkpoint.safetensors", fingerprint, resume=resume)
+            to_disk(model, masters, inputs.on_disk)  # what cannot be patched should fail now, not after training
+            equal = _fingerprint(inputs, selection, masters)
+            return CheckpointPlan(folder / "checkpoint.safetensors", equal, resume=resume)
 
         def on_step(record: StepRecord) -> None:
             log.add(record)
@@ -233,9 +247,10 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
             log.start(done)
             bar.update(done)
 
-        decoder, masters = unlearn_layers(
+        decoder, masters, diagnostics = unlearn_layers(
             recipe, model, inputs.encoded, selection, checkpoint=plan, on_step=on_step, on_resume=on_resume
         )
+    inputs.diagnostics.update(diagnostics)
     dtypes = {
         name: TORCH_DTYPES.get(inputs.on_disk[stored].dtype, torch.float32)
         for name, value in masters.items()
@@ -397,12 +412,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _write_provenance(inputs: _Inputs, folder: RunFolder, started: datetime) -> None:
+def _peak_memory_mb() -> int | None:
+    """Largest resident size of this process so far; None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def _write_provenance(inputs: _Inputs, folder: RunFolder, started: datetime) -> None:
+    path = folder / "provenance.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_json(
-        folder / "provenance.json",
+        path,
         {
-            "started": started.isoformat(timespec="seconds"),
+            "started": earlier.get("started", started.isoformat(timespec="seconds")),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seed": inputs.recipe.seed,
             "model": {
@@ -412,13 +438,14 @@ def _write_provenance(inputs: _Inputs, folder: RunFolder, started: datetime) -> 
                 "parameters": sum(math.prod(span.shape) for span in inputs.on_disk.values()),
             },
             "method": {"name": inputs.recipe.method.name, "preset": inputs.recipe.method.preset},
+            "method_diagnostics": inputs.diagnostics or earlier.get("method_diagnostics", {}),
             "data": dict(inputs.corpus.hashes),
             "device": str(inputs.source.device),
             "dtype": str(inputs.source.dtype or "checkpoint's"),
             "threads": torch.get_num_threads(),
             "platform": platform.platform(),
-            "peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
-            "stage_seconds": inputs.seconds,
+            "peak_memory_mb": _peak_memory_mb(),
+            "stage_seconds": {**earlier.get("stage_seconds", {}), **inputs.seconds},
             "versions": versions(),
         },
     )

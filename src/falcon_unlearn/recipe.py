@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from falcon_unlearn.artifacts import write_bytes
 from falcon_unlearn.config import Section
@@ -77,7 +77,7 @@ class ReportConfig(Section):
 
 
 class Recipe(Section):
-    """A whole run. See the sections for their keys."""
+    """A whole run, with everything its preset says filled in. See the sections for their keys."""
 
     model: str = Field(min_length=1)
     """Folder or hub id of a causal language model."""
@@ -105,6 +105,11 @@ class Recipe(Section):
     """CPU threads of the computation; empty: torch's own choice. Results repeat exactly only at the same number."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, raw: Any) -> Any:
+        return with_presets(raw) if isinstance(raw, Mapping) else raw
 
 
 def _override_value(text: str) -> Any:

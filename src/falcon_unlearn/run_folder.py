@@ -171,10 +171,10 @@ def start_run(folder: RunFolder, recipe: Recipe, corpus_facts: Mapping[str, Any]
     Args:
         folder: from :func:`open_run_folder`.
         recipe: the resolved recipe.
-        corpus_facts: JSON; their ``hashes`` tell whether a resumed run still has the records it began with.
+        corpus_facts: JSON; their ``hashes`` tell whether a resumed run still has the data and models it began with.
 
     Raises:
-        UserError: the records are others than when the run began.
+        UserError: records or a model are others than when the run began.
     """
     path = folder / "corpus.json"
     hashes: Mapping[str, str] = corpus_facts["hashes"]
@@ -183,8 +183,7 @@ def start_run(folder: RunFolder, recipe: Recipe, corpus_facts: Mapping[str, Any]
         changed = [name for name, digest in hashes.items() if earlier.get(name) != digest]
         if changed:
             raise UserError(
-                f"corpus.{changed[0]}: the records are not those that the run in {folder.path} began with; "
-                "use --overwrite or another folder"
+                f"{changed[0]}: not what the run in {folder.path} began with; use --overwrite or another folder"
             )
     if not folder.is_finished(recipe):
         save_recipe(recipe, folder / "recipe.yaml")

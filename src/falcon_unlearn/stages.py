@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from falcon_unlearn.engine.trainer import (
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.metrics import FORGET_SET
 from falcon_unlearn.evaluation.scoring import answer_log_probabilities, score_set
-from falcon_unlearn.methods import METHODS, Setup
+from falcon_unlearn.methods import METHODS, Method, Setup
 from falcon_unlearn.model.decoder import SplitDecoder, find_layers, replaced, scope_parameters
 from falcon_unlearn.model.loading import context_length, number_of_layers, quiet_transformers
 from falcon_unlearn.selection.activations import layer_means
@@ -145,8 +145,13 @@ def score_model(
     return scores
 
 
-def check_layers(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Refuse layers and modules the model does not have, by its configuration alone.
+def check_layers(recipe: Recipe, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse layers and modules the model does not have, and weights of another model, without loading any weight.
+
+    Args:
+        recipe: the whole recipe.
+        config: the model's.
+        shapes: of the tensors in its checkpoint, by on-disk name.
 
     Raises:
         UserError: naming the key, the layer and the range, or what there is to train; or the architecture is no
@@ -159,7 +164,15 @@ def check_layers(recipe: Recipe, config: PreTrainedConfig) -> None:
             raise UserError(
                 f"selection.{key}: layer {bad[0]} is out of range, {recipe.model} has layers 0..{total - 1}"
             )
-    _, stack = find_layers(_without_weights(recipe, config))
+    model = _without_weights(recipe, config)
+    for name, parameter in model.named_parameters():
+        shape = shapes.get(name)
+        if shape is not None and tuple(parameter.shape) != shape:
+            raise UserError(
+                f"model: {recipe.model}: config.json asks for shape {tuple(parameter.shape)} of {name}, the weights "
+                f"have {shape}; they do not belong together"
+            )
+    _, stack = find_layers(model)
     chosen = recipe.selection.layers if recipe.selection.layers != "auto" else _candidates(recipe, total)
     for layer in chosen:
         scope_parameters(stack[layer], recipe.training.modules)
@@ -173,7 +186,7 @@ def _without_weights(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedMode
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=recipe.trust_remote_code
             )
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except Exception as error:  # whatever it is, it is about this config.json
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
             f"model: {recipe.model} is of an architecture ('{config.model_type}') that cannot be used ({reason})"
@@ -311,7 +324,7 @@ def _train(
     checkpoint: CheckpointPlan | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     on_resume: Callable[[int], None] | None = None,
-) -> None:
+) -> Method:
     setup = Setup(decoder, data.first_batches(training.batch_size), loss_mask, recipe.seed)
     method = METHODS[recipe.method.name].build(recipe.method, setup)
     train(
@@ -325,6 +338,7 @@ def _train(
         on_step=on_step,
         on_resume=on_resume,
     )
+    return method
 
 
 def unlearn_layers(
@@ -336,7 +350,7 @@ def unlearn_layers(
     checkpoint: Callable[[Mapping[str, Tensor]], CheckpointPlan],
     on_step: Callable[[StepRecord], None],
     on_resume: Callable[[int], None],
-) -> tuple[SplitDecoder, dict[str, Tensor]]:
+) -> tuple[SplitDecoder, dict[str, Tensor], Mapping[str, Any]]:
     """Train the selected layers of ``model``.
 
     Args:
@@ -349,13 +363,13 @@ def unlearn_layers(
         on_resume: called once with the number of steps that were already done.
 
     Returns:
-        The split decoder and its trained fp32 tensors, by name.
+        The split decoder, its trained fp32 tensors by name, and the method's diagnostics.
     """
     decoder = SplitDecoder(model, selection.layers, recipe.training.modules)
     masters = decoder.masters()
     data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, model.device)
     plan = checkpoint(masters)
-    _train(
+    method = _train(
         recipe,
         recipe.training,
         decoder,
@@ -366,7 +380,7 @@ def unlearn_layers(
         on_step=on_step,
         on_resume=on_resume,
     )
-    return decoder, masters
+    return decoder, masters, method.diagnostics()
 
 
 def as_stored(masters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -130,7 +130,12 @@ def widened(batch, by=6):
     def pad(value, fill):
         return torch.nn.functional.pad(value, (0, by), value=fill)
 
-    return Batch(pad(batch.input_ids, 11), pad(batch.attention_mask, 0), pad(batch.answer_mask, False))
+    return Batch(
+        pad(batch.input_ids, 11),
+        pad(batch.attention_mask, 0),
+        pad(batch.answer_mask, False),
+        pad(batch.content_mask, False),
+    )
 
 
 class TestOffsetVector:

@@ -98,7 +98,12 @@ def test_padding_changes_nothing(decoder, setup, data):
         def pad(value, fill):
             return torch.nn.functional.pad(value, (0, 6), value=fill)
 
-        return Batch(pad(batch.input_ids, 11), pad(batch.attention_mask, 0), pad(batch.answer_mask, False))
+        return Batch(
+            pad(batch.input_ids, 11),
+            pad(batch.attention_mask, 0),
+            pad(batch.answer_mask, False),
+            pad(batch.content_mask, False),
+        )
 
     plain = method.losses(1, domain, forget, retain, masters)
     padded = method.losses(1, domain, widened(forget), widened(retain), masters)

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ def test_prepare_leaves_no_hooks_and_no_changes(model):
 
 def test_hooks_go_when_the_forward_fails():
     model = build_model("llama")
-    bad = Batch(FORGET_BATCH.input_ids + 10_000, FORGET_BATCH.attention_mask, FORGET_BATCH.answer_mask)
+    bad = dataclasses.replace(FORGET_BATCH, input_ids=FORGET_BATCH.input_ids + 10_000)
     with pytest.raises(IndexError):
         SplitDecoder(model, (1,), "mlp").prepare(bad)
     assert hooks(model) == 0
@@ -224,6 +225,7 @@ def test_padding_does_not_change_what_counts(model):
         widened(FORGET_BATCH.input_ids, 5),
         widened(FORGET_BATCH.attention_mask, 0),
         widened(FORGET_BATCH.answer_mask, fill=False),
+        widened(FORGET_BATCH.content_mask, fill=False),
     )
     decoder = SplitDecoder(model, (1, 2, 3), "mlp")
     narrow = decoder.prepare(FORGET_BATCH).frozen[FORGET_BATCH.loss_mask("all")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,15 @@ _ANSWER_MARK = "\ue000answer\ue000"
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one record; tokens from ``answer_start`` on are the answer (end-of-sequence included)."""
+    """Token ids of one record.
+
+    Tokens from ``answer_start`` on are the answer (end-of-sequence included); before ``content_start`` stands the
+    beginning-of-sequence token, where there is one.
+    """
 
     ids: tuple[int, ...]
     answer_start: int
+    content_start: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -41,20 +47,28 @@ class Encoded:
 class Batch:
     """Right-padded token batch, all tensors of shape ``(batch, length)``.
 
-    ``answer_mask`` is true on answer tokens, ``attention_mask`` on every real token: padding is in neither.
+    ``answer_mask`` is true on answer tokens, ``content_mask`` on every token of the record. Padding is in neither, and
+    neither is beginning-of-sequence: its activation is the same in every record, and in large models so large that
+    it would be the only principal direction.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     answer_mask: Tensor
+    content_mask: Tensor
 
     def loss_mask(self, mask: LossMask) -> Tensor:
         """Boolean ``(batch, length)``: the tokens that take part in a loss or a statistic."""
-        return self.answer_mask if mask == "answer" else self.attention_mask.bool()
+        return self.answer_mask if mask == "answer" else self.content_mask
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to ``device``."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.answer_mask.to(device))
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.answer_mask.to(device),
+            self.content_mask.to(device),
+        )
 
 
 class Encoder:
@@ -157,7 +171,7 @@ class Encoder:
             start = max(start - lead, 0) + 1
         if add_eos and self._eos is not None and (not ids or ids[-1] != self._eos):
             ids.append(self._eos)
-        return Encoded(tuple(ids), start)
+        return Encoded(tuple(ids), start, int(self._bos is not None and ids[:1] == [self._bos]))
 
     def encode(self, record: Record, *, question: str | None = None, answer: str | None = None) -> Encoded:
         """Encode a record, optionally with another question or answer in its place."""
@@ -169,16 +183,20 @@ class Encoder:
     def encode_prompt(self, record: Record, *, question: str | None = None) -> Encoded:
         """Encode only what stands before the answer, for generation (``answer_start`` = length)."""
         encoded = self.encode(record, question=question)
-        return Encoded(encoded.ids[: encoded.answer_start], encoded.answer_start)
+        return dataclasses.replace(encoded, ids=encoded.ids[: encoded.answer_start])
 
 
 @dataclass(frozen=True)
 class LengthReport:
-    """How many records were longer than the limit, and what was done with them."""
+    """How many records were longer than the limit, what was done with them, and how many are left out for it.
+
+    Truncation leaves out records whose prompt alone fills the limit.
+    """
 
     longer: int
     limit: int
     action: LongRecords
+    left_out: int = 0
 
 
 def fit_to_context(
@@ -203,13 +221,14 @@ def fit_to_context(
         kept = [(e, r) for e, r in zip(encoded, records, strict=True) if len(e) <= limit]
     else:
         kept = [
-            (Encoded(e.ids[:limit], e.answer_start), r)
+            (dataclasses.replace(e, ids=e.ids[:limit]), r)
             for e, r in zip(encoded, records, strict=True)
             if len(e) <= limit or e.answer_start < limit
         ]
     if not kept:
         raise UserError(f"{where}: no record is left after corpus.on_long={on_long} at {limit} tokens")
-    return [e for e, _ in kept], [r for _, r in kept], report
+    left_out = len(encoded) - len(kept)
+    return [e for e, _ in kept], [r for _, r in kept], dataclasses.replace(report, left_out=left_out)
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
@@ -220,11 +239,13 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     input_ids = torch.full((len(encoded), length), pad_id, dtype=torch.long)
     attention = torch.zeros((len(encoded), length), dtype=torch.long)
     answer = torch.zeros((len(encoded), length), dtype=torch.bool)
+    content = torch.zeros((len(encoded), length), dtype=torch.bool)
     for row, item in enumerate(encoded):
         input_ids[row, : len(item)] = torch.tensor(item.ids)
         attention[row, : len(item)] = 1
         answer[row, item.answer_start : len(item)] = True
-    return Batch(input_ids, attention, answer)
+        content[row, item.content_start : len(item)] = True
+    return Batch(input_ids, attention, answer, content)
 
 
 def length_sorted_batches(encoded: Sequence[Encoded], batch_size: int) -> list[list[int]]:

@@ -232,5 +232,5 @@ def _diverged(step: int, what: str, checkpoint: CheckpointPlan | None) -> Diverg
     kept = f"the last good state is in {checkpoint.path}" if saved and checkpoint else "no state was saved before it"
     return DivergedError(
         f"step {step}: {what} not finite; {kept}; "
-        "lower training.optimizer.lr or method.retain_weight, or use dtype float32"
+        "start again with --overwrite and a lower training.optimizer.lr or method.retain_weight, or dtype float32"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,10 @@ class Method(Protocol):
             retain: retain batch.
             masters: trained tensors by name, fp32 leaves.
         """
+        ...
+
+    def diagnostics(self) -> Mapping[str, Any]:
+        """What the set-up found, per forget domain, as JSON: it goes into the run's provenance."""
         ...
 
 

@@ -92,8 +92,7 @@ class Falcon:
             )
         batches = setup.forget_batches[domain]
         if config.offset == "random":
-            frozen = setup.decoder.prepare(batches[0]).frozen
-            return random_vector(frozen.shape[-1], generator).to(frozen.device)
+            return random_vector(setup.decoder.hidden_size, generator).to(batches[0].input_ids.device)
         batch = batches[int(generator.initial_seed() % len(batches))]
         activations = setup.decoder.prepare(batch).frozen[batch.loss_mask(setup.loss_mask)]
         return published_code_vector(activations, generator)

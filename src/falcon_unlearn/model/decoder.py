@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "feed_forward", "feedforward", "ffn", "moe", "experts", "fc1", "fc2")
-_MLP_OUTPUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "w2", "fc_out")
-_ROUTERS = ("gate.weight", "router.weight", "gate.wg.weight")
+_MLP_OUTPUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "w2", "fc_out", "output_linear")
+_ROUTERS = frozenset({"gate", "router"})
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -57,13 +57,15 @@ def scope_parameters(layer: nn.Module, modules: str | Sequence[str]) -> list[str
     Args:
         layer: a decoder layer.
         modules: ``mlp`` (its matrices without a router), ``down_proj`` (its output matrices), ``attention``,
-            ``all``, or a list of name endings such as ``["self_attn.o_proj"]``.
+            ``all``, or a list of these words and name endings such as ``["mlp", "self_attn.o_proj"]``.
 
     Raises:
         UserError: nothing matches; the message lists what there is.
     """
     parameters = dict(layer.named_parameters())
-    matrices = [n for n, p in parameters.items() if p.ndim >= 2 and not n.endswith(_ROUTERS)]
+    matrices = [
+        n for n, p in parameters.items() if p.ndim >= 2 and not n.endswith("bias") and not _ROUTERS & set(n.split("."))
+    ]
     attention = [n for n in matrices if any(part in n.lower() for part in _ATTENTION)]
     mlp = [n for n in matrices if n not in attention and any(part in n.lower() for part in _MLP)]
     table = {
@@ -75,7 +77,9 @@ def scope_parameters(layer: nn.Module, modules: str | Sequence[str]) -> list[str
     if isinstance(modules, str):
         chosen = table.get(modules, [])
     else:
-        chosen = [n for n in parameters if n.removesuffix(".weight").endswith(tuple(modules))]
+        named = {n for module in modules for n in table.get(module, ())}
+        endings = tuple(module for module in modules if module not in table)
+        chosen = [n for n in parameters if n in named or n.removesuffix(".weight").endswith(endings)]
     if not chosen:
         raise UserError(
             f"training.modules: {modules!r} matches nothing in {type(layer).__name__}: {', '.join(parameters)}"

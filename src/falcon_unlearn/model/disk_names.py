@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from falcon_unlearn.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -26,6 +28,9 @@ def to_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor], on_disk: Coll
         model: the model whose parameters ``tensors`` are named after, loaded by ``from_pretrained``.
         tensors: in-memory name -> value.
         on_disk: all names of the checkpoint.
+
+    Raises:
+        UserError: a tensor that the checkpoint does not have.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -34,6 +39,7 @@ def to_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor], on_disk: Coll
     for name, value in converted.items():
         candidates = [name, f"{model.base_model_prefix}.{name}", name.removeprefix(f"{model.base_model_prefix}.")]
         found = next((candidate for candidate in candidates if candidate in on_disk), None)
-        assert found is not None, f"{name} has no counterpart in the checkpoint"
+        if found is None:
+            raise UserError(f"model: {name} has no counterpart in the checkpoint: its weights cannot be patched")
         result[found] = value
     return result

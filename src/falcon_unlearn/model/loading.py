@@ -142,7 +142,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # whatever it is, it is about this config.json
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"model: {source.name} has an architecture that cannot be loaded ({reason})") from error
     if getattr(config, "is_encoder_decoder", False):

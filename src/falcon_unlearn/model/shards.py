@@ -173,6 +173,26 @@ def sha256_of(folder: Path, span: TensorSpan) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over names, layout and samples of the weights: tells one model from another in little time.
+
+    Each file gives its size and sixteen evenly spaced blocks of 64 KiB, so a change that falls between them in a
+    large file goes unseen; patches compare whole tensors instead.
+
+    Raises:
+        UserError: as :func:`tensor_spans`.
+    """
+    spans = tensor_spans(folder)
+    digest = hashlib.sha256(repr(sorted(spans.items())).encode())
+    for file in sorted({span.file for span in spans.values()}):
+        with (folder / file).open("rb") as handle:
+            size = handle.seek(0, 2)
+            for k in range(16):
+                handle.seek(size * k // 16)
+                digest.update(handle.read(1 << 16))
+    return digest.hexdigest()
+
+
 def write_safetensors(
     path: Path, like: Mapping[str, TensorSpan], data: Callable[[str], Iterable[bytes | memoryview]]
 ) -> str:

@@ -237,15 +237,15 @@ def pair_rows(forget_rows: Mapping[str, int], retain_rows: int, max_samples: int
     number of domains: the retain set must give its own rows and, for the null, a stand-in for every domain.
 
     Raises:
-        UserError: no forget domain, or fewer than :data:`MIN_PAIRS` pairs.
+        EstimationError: no forget domain, or fewer than :data:`MIN_PAIRS` pairs.
     """
     if not forget_rows:
-        raise UserError("layer selection by mutual information needs at least one forget domain")
+        raise EstimationError("layer selection by mutual information needs at least one forget domain")
     parts = len(forget_rows) + 1
     n = min(max_samples, *forget_rows.values(), retain_rows // parts)
     if n < MIN_PAIRS:
         counts = ", ".join(f"{count} in forget domain '{name}'" for name, count in forget_rows.items())
-        raise UserError(
+        raise EstimationError(
             f"too few records for mutual information ({counts}, {retain_rows} in retain): at least {MIN_PAIRS} in each "
             f"forget domain and {MIN_PAIRS * parts} in retain are needed"
         )
