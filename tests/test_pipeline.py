@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -600,3 +601,59 @@ def test_a_run_that_was_killed_goes_on_too(recipe_for, whole, tmp_path):
     run = unlearn(recipe, resume=True)
     assert outcome(run.folder) == outcome(whole.folder)
     assert steps_of(run.folder) == steps_of(whole.folder)
+
+
+def test_one_forget_record_is_enough(recipe_for, tmp_path):
+    forget = write_lines(tmp_path / "one.jsonl", FORGET_ROWS[:1])
+    changes = {
+        "corpus": {"forget": {"source": str(forget)}},
+        "selection": {"layers": "auto", "sweep": {"steps": 2}},
+    }
+    run = unlearn(recipe_for(changes))
+    assert run.selection.selector == "sweep"
+    assert run.selection.mutual_information is None
+    assert any("too few records" in note for note in run.selection.notes)
+
+
+def test_other_scored_records_cannot_resume(recipe_for, tmp_path):
+    scored = write_lines(tmp_path / "scored.jsonl", FORGET_ROWS)
+    recipe = recipe_for({"evaluation": {"forget": {"source": str(scored)}}})
+    run = unlearn(recipe)
+    (run.folder / "scores" / "after.jsonl").unlink()
+    write_lines(scored, FORGET_ROWS[:-1])
+    with pytest.raises(UserError, match=r"evaluation\.forget: not what the run in"):
+        unlearn(recipe, resume=True)
+
+
+def test_another_model_in_the_same_folder_cannot_resume(recipe_for, model_copy, oracle):
+    recipe = recipe_for({"model": str(model_copy)})
+    run = unlearn(recipe)
+    (run.folder / "scores" / "after.jsonl").unlink()
+    (model_copy / "model.safetensors").write_bytes((oracle / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"^model: not what the run in"):
+        unlearn(recipe, resume=True)
+
+
+def test_weights_of_another_shape_are_refused_before_anything_is_written(recipe_for, model_copy):
+    config = json.loads((model_copy / "config.json").read_text())
+    config["intermediate_size"] += 8
+    (model_copy / "config.json").write_text(json.dumps(config))
+    recipe = recipe_for({"model": str(model_copy)})
+    with pytest.raises(UserError, match=r"config\.json asks for shape .* they do not belong together"):
+        unlearn(recipe)
+    assert not Path(recipe["output"]).exists()
+
+
+def test_a_broken_config_is_one_line(recipe_for, model_copy):
+    config = json.loads((model_copy / "config.json").read_text())
+    config["num_hidden_layers"] = "six"
+    (model_copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"architecture that cannot be loaded") as caught:
+        unlearn(recipe_for({"model": str(model_copy)}))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_rank_of_the_offset_vector_is_recorded(finished):
+    found = json.loads((finished.folder / "provenance.json").read_text())["method_diagnostics"]["forget"]
+    assert found["rank"] >= 1
+    assert 0.9 <= found["variance_share"] < 1

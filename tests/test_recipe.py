@@ -396,3 +396,9 @@ def test_a_mapping_is_read_like_a_file(write, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "people.jsonl").write_text("")
     assert load_any(raw(), ["seed=4"]) == load_recipe(write(SMALLEST), ["seed=4"])
+
+
+def test_a_recipe_made_in_python_gets_its_preset():
+    raw = {"model": "m", "corpus": {"forget": "f.jsonl", "retain": "k.jsonl"}, "output": "o"}
+    assert Recipe(**raw) == recipe_from(raw)
+    assert Recipe(**raw).training.batch_size == PRESETS["falcon"]["default"]["training"]["batch_size"]

@@ -303,7 +303,7 @@ def _methods(arguments: argparse.Namespace) -> int:
 
     if arguments.json:
         _print_json(
-            {"methods": list(METHODS), "attacks": [], "selectors": ["sweep", "mutual_information"], "suites": ["own"]}
+            {"methods": list(METHODS), "attacks": [], "selectors": ["sweep", "mutual_information"], "suites": []}
         )
         return 0
     for name, entry in METHODS.items():

@@ -33,6 +33,10 @@ def examine() -> dict[str, Any]:
         facts["accelerator"] = "MPS" if torch.backends.mps.is_available() else "none"
         if facts["accelerator"] == "none":
             advice.append("no accelerator: models beyond about 1B parameters will be slow on the CPU")
+    data = Path(os.environ.get("FALCON_UNLEARN_DATA", "../shared/data"))
+    facts["benchmark data"] = str(data) if data.is_dir() else f"none in {data}"
+    if not data.is_dir():
+        advice.append("no TOFU data: some tests are skipped; set FALCON_UNLEARN_DATA to a folder with tofu/*.jsonl")
     facts["demo cache"] = str(cache_folder())
     missing = [name for name, module in EXTRAS.items() if importlib.util.find_spec(module) is None]
     facts["test extra"] = "installed" if not missing else f"missing {', '.join(missing)}"

@@ -300,10 +300,29 @@ def test_long_records_are_truncated_and_those_without_any_answer_left_go():
     encoded, records, report = fit_to_context(LENGTHS, RECORDS, 6, "truncate", "corpus.forget")
     assert encoded == [LENGTHS[0], Encoded((2,) * 6, 2), LENGTHS[2]]
     assert records == RECORDS[:3]
-    assert report.longer == 2
+    assert (report.longer, report.left_out) == (2, len(RECORDS) - 3)
 
 
 @pytest.mark.parametrize("action", ["drop", "truncate"])
 def test_nothing_left_is_an_error(action):
     with pytest.raises(UserError, match=f"^corpus.retain: no record is left after corpus.on_long={action} at 1 tokens"):
         fit_to_context(LENGTHS, RECORDS, 1, action, "corpus.retain")
+
+
+@pytest.mark.parametrize("mask", ["all", "answer"])
+@pytest.mark.parametrize(("encoder", "has_bos"), [(WITH_BOS, True), (WITHOUT_BOS, False), (CHAT, True)])
+def test_beginning_of_sequence_is_in_no_mask(encoder, has_bos, mask):
+    records = [
+        record_from_row({"question": "Who?", "answer": "Ada Marsh."}, "x"),
+        record_from_row({"text": "Ada."}, "x"),
+    ]
+    encoded = [encoder.encode(record) for record in records]
+    batch = collate(encoded, encoder.pad_id)
+    counted = batch.loss_mask(mask)
+    bos = encoder.tokenizer.bos_token_id
+    assert ((batch.input_ids[:, 0] == bos).all().item()) is has_bos
+    assert not (counted & (batch.input_ids == bos)).any()
+    assert counted.any(dim=1).all()
+    if mask == "all":
+        lengths = torch.tensor([len(item) for item in encoded])
+        assert torch.equal(counted.sum(1), lengths - int(has_bos))

@@ -469,3 +469,9 @@ def test_tofu():
     assert {len(r.perturbed_answers) for r in loaded.forget["forget"]} == {5}
     with pytest.raises(UserError, match="40 retain records also stand in forget"):
         corpus(TOFU, forget="forget01.jsonl", retain="full.jsonl")
+
+
+def test_blank_rows_of_a_dataset_are_no_records(tmp_path):
+    write(tmp_path / "wiki" / "train.jsonl", '{"text": ""}\n{"text": "A line."}\n{"text": "  "}\n')
+    records = load("wiki", tmp_path, config="default")
+    assert [record.answer for record in records] == ["A line."]

@@ -322,6 +322,13 @@ class TestScope:
         ]
         assert scope_parameters(layer, ("input_layernorm",)) == ["input_layernorm.weight"]
 
+    def test_a_list_may_name_groups(self):
+        layer = build_model("llama").model.layers[0]
+        assert set(scope_parameters(layer, ["mlp", "o_proj"])) == {
+            *scope_parameters(layer, "mlp"),
+            "self_attn.o_proj.weight",
+        }
+
     @pytest.mark.parametrize("modules", ["downproj", ["o_project"], []])
     def test_no_match_says_what_there_is(self, modules):
         with pytest.raises(
