@@ -366,7 +366,7 @@ def test_duplicates_overlap_and_long_records_are_counted(recipe_for, tmp_path):
     assert facts["report"]["duplicates"] == {"forget": 1, "retain": 0}
     assert facts["report"]["overlap"] == 1
     assert facts["report"]["records"]["retain"] == len(RETAIN_ROWS)
-    assert facts["lengths"]["forget"] == {"longer": 1, "limit": 64, "action": "drop"}
+    assert facts["lengths"]["forget"] == {"longer": 1, "limit": 64, "action": "drop", "left_out": 1}
 
 
 def test_a_diverging_run_stops_with_the_step_and_its_last_good_state(recipe_for, tmp_path, monkeypatch):
