@@ -50,6 +50,7 @@ from falcon_unlearn.stages import (
     describe_training,
     encode_corpus,
     evaluation_sets,
+    given_layers,
     score_model,
     select_layers,
     unlearn_layers,
@@ -287,7 +288,9 @@ def _select(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedMo
     if selection is None:
         inputs.console.say("selecting layers")
         with inputs.timed("layer_selection"):
-            selection = select_layers(inputs.recipe, model(), inputs.encoded, inputs.console)
+            selection = given_layers(inputs.recipe)
+            if selection is None:
+                selection = select_layers(inputs.recipe, model(), inputs.encoded, inputs.console)
         folder.write_selection(selection)
     inputs.console.say(f"layers {', '.join(map(str, selection.layers))} ({selection.selector})")
     return selection

@@ -198,8 +198,16 @@ def _candidates(recipe: Recipe, total: int) -> tuple[int, ...]:
     return recipe.selection.candidates or spaced_candidates(total, recipe.selection.max_candidates)
 
 
+def given_layers(recipe: Recipe) -> LayerSelection | None:
+    """The layers the recipe names, or None where it says ``auto``."""
+    if recipe.selection.layers == "auto":
+        return None
+    layers = tuple(sorted(recipe.selection.layers))
+    return LayerSelection("given", layers, layers[-1], "given in the recipe")
+
+
 def select_layers(recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus, console: Console) -> LayerSelection:
-    """Choose the layers to train, as the recipe says.
+    """Choose the layers to train, with the recipe's selector.
 
     Args:
         recipe: validated, its layers checked with :func:`check_layers`.
@@ -211,9 +219,6 @@ def select_layers(recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus
         EstimationError: mutual information was asked to choose and cannot be estimated.
     """
     settings = recipe.selection
-    if settings.layers != "auto":
-        layers = tuple(sorted(settings.layers))
-        return LayerSelection("given", layers, layers[-1], "given in the recipe")
     total = number_of_layers(model.config)
     candidates = _candidates(recipe, total)
     notes: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import signal
 import threading
@@ -194,7 +195,7 @@ def train(
                 group["lr"] = scheduled(config.optimizer, rate, step, config.steps)
             optimizer.step()
             if on_step is not None:
-                on_step(_with_seconds(record, time.perf_counter() - began))
+                on_step(dataclasses.replace(record, seconds=time.perf_counter() - began))
             if interrupted():
                 _check_weights(step, masters, checkpoint)
                 save(step + 1)
@@ -206,12 +207,6 @@ def train(
 def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
-
-
-def _with_seconds(record: StepRecord, seconds: float) -> StepRecord:
-    import dataclasses
-
-    return dataclasses.replace(record, seconds=seconds)
 
 
 def _check_finite(record: StepRecord, checkpoint: CheckpointPlan | None) -> None:
