@@ -60,6 +60,7 @@ def train_part(seed: int, part: Part, folder: Path) -> None:
         train_causal_lm,
         train_tokenizer,
     )
+    from falcon_unlearn.model.loading import quiet_transformers
 
     torch.set_num_threads(1)
     world, shape = build_world(seed), LlamaShape()
@@ -76,8 +77,9 @@ def train_part(seed: int, part: Part, folder: Path) -> None:
         return False
 
     train_causal_lm(model, encoded, encoder.pad_id, PretrainingConfig(epochs=EPOCHS, seed=seed), progress)
-    model.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        model.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def cache_folder() -> Path:
