@@ -133,8 +133,13 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def _number(value: float | None) -> float:
+    """JSON has no word for NaN: :func:`to_plain` writes null."""
+    return math.nan if value is None else value
+
+
 def layer_selection_from(row: Mapping[str, Any]) -> LayerSelection:
-    """Read ``layer_selection.json`` back; a null score (a trial that diverged) is minus infinity."""
+    """Read ``layer_selection.json`` back; a trial that diverged has score minus infinity, other nulls are NaN."""
     curve = row["mutual_information"]
     return LayerSelection(
         selector=row["selector"],
@@ -142,16 +147,20 @@ def layer_selection_from(row: Mapping[str, Any]) -> LayerSelection:
         target_layer=row["target_layer"],
         criterion=row["criterion"],
         scores=tuple(
-            LayerScore(entry["layer"], -math.inf if entry["score"] is None else entry["score"], entry["details"])
+            LayerScore(
+                entry["layer"],
+                -math.inf if entry["score"] is None else entry["score"],
+                {name: _number(value) for name, value in entry["details"].items()},
+            )
             for entry in row["scores"]
         ),
         mutual_information=None
         if curve is None
         else MutualInformationCurve(
             layers=tuple(curve["layers"]),
-            value=tuple(curve["value"]),
-            null_retain=tuple(curve["null_retain"]),
-            null_permutation=tuple(curve["null_permutation"]),
+            value=tuple(map(_number, curve["value"])),
+            null_retain=tuple(map(_number, curve["null_retain"])),
+            null_permutation=tuple(map(_number, curve["null_permutation"])),
             pairs=curve["pairs"],
             domains=tuple(curve["domains"]),
         ),

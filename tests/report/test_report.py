@@ -148,7 +148,7 @@ def complete(tmp_path_factory):
                 "overlap_example": ["people.jsonl:7", "keep.jsonl:31"],
                 "on_overlap": "drop",
             },
-            "lengths": {"forget.forget": length, "retain.retain": {"longer": 3, "limit": 128, "action": "truncate"}},
+            "lengths": {"forget": length, "retain": {"longer": 3, "limit": 128, "action": "truncate"}},
             "template": repr("Question: {question}\nAnswer: {answer}"),
             "loss_mask": "answer",
             "hashes": {"forget": "ab" * 32, "retain": "cd" * 32},

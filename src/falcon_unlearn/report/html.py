@@ -18,10 +18,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from falcon_unlearn.artifacts import (
-    LayerScore,
     LayerSelection,
-    MutualInformationCurve,
     StepRecord,
+    layer_selection_from,
     read_jsonl,
     write_bytes,
 )
@@ -159,7 +158,8 @@ def build_report(run: Path, *, samples: int = 12) -> str:
     if not (run / "recipe.yaml").is_file() and not (run / "metrics.json").is_file():
         raise UserError(f"report: {run} is no run folder (neither recipe.yaml nor metrics.json is in it)")
     metrics = _read_object(run / "metrics.json")
-    selection = _selection(_read_object(run / "layer_selection.json"))
+    chosen = _read_object(run / "layer_selection.json")
+    selection = None if chosen is None else layer_selection_from(chosen)
     steps = _steps(run / "training.jsonl")
     scores = {name: rows for name in MODELS if (rows := _read_lines(run / "scores" / f"{name}.jsonl")) is not None}
     recipe = _read_text(run / "recipe.yaml")
@@ -306,33 +306,6 @@ def _steps(path: Path) -> list[StepRecord] | None:
         return None
     names = [field.name for field in dataclasses.fields(StepRecord) if field.name != "step"]
     return [StepRecord(row.get("step", i), **{n: _float(row.get(n)) for n in names}) for i, row in enumerate(rows)]
-
-
-def _selection(row: Mapping[str, Any] | None) -> LayerSelection | None:
-    if row is None:
-        return None
-    curve = row.get("mutual_information")
-    return LayerSelection(
-        selector=row.get("selector", _NOTHING),
-        layers=tuple(row.get("layers", ())),
-        target_layer=row.get("target_layer", -1),
-        criterion=row.get("criterion", _NOTHING),
-        scores=tuple(
-            LayerScore(s["layer"], _float(s.get("score")), {k: _float(v) for k, v in s.get("details", {}).items()})
-            for s in row.get("scores", ())
-        ),
-        mutual_information=None
-        if not curve
-        else MutualInformationCurve(
-            layers=tuple(curve["layers"]),
-            value=tuple(map(_float, curve["value"])),
-            null_retain=tuple(map(_float, curve["null_retain"])),
-            null_permutation=tuple(map(_float, curve["null_permutation"])),
-            pairs=curve["pairs"],
-            domains=tuple(curve.get("domains", ())),
-        ),
-        notes=tuple(row.get("notes", ())),
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- sections
@@ -544,10 +517,7 @@ def _corpus(content: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if content is None:
         return None
     found = content.get("report") or {}
-    lengths: dict[str, Mapping[str, Any]] = {}
-    for key, length in (content.get("lengths") or {}).items():
-        side, _, domain = key.partition(".")
-        lengths[side if domain == side else key] = length
+    lengths = content.get("lengths") or {}
     rows = []
     for name, count in (found.get("records") or {}).items():
         length = lengths.get(name, {})
