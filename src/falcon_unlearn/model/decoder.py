@@ -8,7 +8,7 @@ nothing changes, so that prefix runs once without gradients for both the frozen 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +110,25 @@ class Prepared:
     frozen: Tensor
 
 
-class _TargetReachedError(Exception):
-    pass
+class LayerReachedError(Exception):
+    """Raised by a hook to leave a forward pass early; never seen by a caller."""
+
+
+@contextlib.contextmanager
+def bypassed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block these layers hand their hidden states through; their weights are not touched (or on meta)."""
+
+    def through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    changed = list(layers)
+    for layer in changed:
+        layer.forward = through
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward  # the instance's; the class's own shows again
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -174,13 +191,13 @@ class SplitDecoder:
 
         def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             outputs.append(first_tensor(output))
-            raise _TargetReachedError
+            raise LayerReachedError
 
         handles = [layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in self._span]
         handles.append(self._span[-1].register_forward_hook(stop))
         try:
             self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        except _TargetReachedError:
+        except LayerReachedError:
             pass
         finally:
             for handle in handles:

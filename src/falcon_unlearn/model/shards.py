@@ -165,6 +165,23 @@ def read_bytes(folder: Path, span: TensorSpan) -> bytes:
     return b"".join(iter_bytes(folder, span))
 
 
+def read_into(folder: Path, span: TensorSpan, out: memoryview) -> None:
+    """Read the bytes of a tensor into ``out``, of exactly its size: no copy, no memory-mapped pages left behind.
+
+    Raises:
+        UserError: the file ends before the tensor does.
+    """
+    assert len(out) == span.size
+    with (folder / span.file).open("rb", buffering=0) as handle:
+        handle.seek(span.start)
+        done = 0
+        while done < span.size:
+            count = handle.readinto(out[done:])
+            if not count:
+                raise UserError(f"{folder / span.file}: is truncated: get the file again")
+            done += count
+
+
 def sha256_of(folder: Path, span: TensorSpan) -> str:
     """SHA-256 (hex) of a tensor's bytes, in constant memory."""
     digest = hashlib.sha256()

@@ -1,0 +1,106 @@
+"""Activations by key: in memory up to a budget, in one file beyond it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from falcon_unlearn.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor lies in the file."""
+
+    start: int
+    size: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class ActivationStore:
+    """CPU tensors by key. What does not fit into the budget is written to ``path`` and memory-mapped to be read.
+
+    A mapping lives only while a tensor is copied out of it, so the file never counts as memory of this process.
+
+    Args:
+        path: the file, made when the budget is first exceeded; an old one is replaced.
+        budget: bytes kept in memory.
+    """
+
+    def __init__(self, path: Path, budget: float = math.inf) -> None:
+        self.path = path
+        self._budget = budget
+        self._kept: dict[Hashable, Tensor] = {}
+        self._slots: dict[Hashable, _Slot] = {}
+        self._in_memory = 0
+        self._end = 0
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept or key in self._slots
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Size of the tensors kept in memory."""
+        return self._in_memory
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the file."""
+        return self._end
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keep a copy of ``tensor``; one of the same size under ``key`` is overwritten where it lies.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written to.
+        """
+        size = tensor.numel() * tensor.element_size()
+        slot = self._slots.get(key)
+        if slot is None and self._in_memory - self._size(key) + size <= self._budget:
+            self._in_memory += size - self._size(key)
+            self._kept[key] = tensor.detach().to("cpu", copy=True).contiguous()
+            return
+        if key in self._kept:
+            self._in_memory -= self._size(key)
+            del self._kept[key]
+        start = slot.start if slot is not None and slot.size == size else self._end
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("r+b" if self._end else "wb") as handle:
+                handle.seek(start)
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(handle)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: activations cannot be written ({error.strerror}): free some space"
+            ) from error
+        self._end = max(self._end, start + size)
+        self._slots[key] = _Slot(start, size, tuple(tensor.shape), tensor.dtype)
+
+    def get(self, key: Hashable) -> Tensor:
+        """The tensor under ``key``; what lies in memory is handed out as it is and must not be written to."""
+        if key in self._kept:
+            return self._kept[key]
+        slot = self._slots[key]
+        values = torch.empty(slot.shape, dtype=slot.dtype)
+        if slot.size:
+            mapped = np.memmap(self.path, np.uint8, "r", slot.start, (slot.size,))
+            np.copyto(values.reshape(-1).view(torch.uint8).numpy(), mapped)
+        return values
+
+    def close(self) -> None:
+        """Forget everything and remove the file."""
+        self._kept.clear()
+        self._slots.clear()
+        self._in_memory = self._end = 0
+        self.path.unlink(missing_ok=True)
+
+    def _size(self, key: Hashable) -> int:
+        kept = self._kept.get(key)
+        return 0 if kept is None else kept.numel() * kept.element_size()
