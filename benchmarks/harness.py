@@ -6,10 +6,10 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,22 +76,39 @@ def interleaved(
 
 
 def _peak_bytes(device: str) -> int:
+    """Since :func:`_reset_peak`. Not ru_maxrss: a new process starts with that of the one it came from."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated())
-    import resource
+    return _status("VmHWM")
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) * (1 if sys.platform == "darwin" else 1024)
+
+def _bytes_now(device: str) -> int:
+    if device.startswith("cuda"):
+        return int(torch.cuda.memory_allocated())
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status does not tell {key}: peak memory on the CPU is measured on Linux")
+
+
+def _reset_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.zeros(1, device=device)
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _measure(
     connection: Any, prepare: Callable[[], Any], function: Callable[..., Any], arguments: tuple[Any, ...], device: str
 ) -> None:
     prepare()
-    if device.startswith("cuda"):
-        torch.zeros(1, device=device)
-        torch.cuda.reset_peak_memory_stats()
-    before = _peak_bytes(device)
+    _reset_peak(device)
+    before = _bytes_now(device)
     function(*arguments)
     connection.send(_peak_bytes(device) - before)
 
@@ -144,8 +161,8 @@ def machine(device: str) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as handle:  # noqa: PTH123 (no file of ours)
-            return next(line.split(":")[1].strip() for line in handle if line.startswith("model name"))
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         import platform
 

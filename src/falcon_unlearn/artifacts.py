@@ -61,7 +61,8 @@ class StepRecord:
     """One optimiser step as logged in ``training.jsonl``.
 
     ``cosine`` is the mean over trained tensors of the cosine between forget and retain gradient (NaN where one of
-    them is zero everywhere), ``conflicts`` the share of tensors with a negative one.
+    them is zero everywhere), ``conflicts`` the share of tensors with a negative one,
+    ``micro_batches`` into how many parts each of the two batches was cut.
     """
 
     step: int
@@ -72,6 +73,7 @@ class StepRecord:
     cosine: float
     conflicts: float
     seconds: float
+    micro_batches: int = field(default=1, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,9 @@ from falcon_unlearn.model.patch import Patch, read_patch, write_patch
 from falcon_unlearn.model.shards import fingerprint, tensor_spans
 from falcon_unlearn.recipe import Recipe
 from falcon_unlearn.report.html import write_report
-from falcon_unlearn.run_folder import RunFolder, open_run_folder, start_run
+from falcon_unlearn.run_folder import WORKING_FILES, RunFolder, open_run_folder, start_run
 from falcon_unlearn.stages import (
+    CachePlan,
     EncodedCorpus,
     as_stored,
     check_layers,
@@ -248,8 +249,20 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
             log.start(done)
             bar.update(done)
 
+        def on_halved(size: int) -> None:
+            records = "1 record" if size == 1 else f"{size} records"
+            inputs.console.say(f"out of memory: going on from the same step with {records} per forward pass")
+
         decoder, masters, diagnostics = unlearn_layers(
-            recipe, model, inputs.encoded, selection, checkpoint=plan, on_step=on_step, on_resume=on_resume
+            recipe,
+            model,
+            inputs.encoded,
+            selection,
+            cache=CachePlan(folder / "activations", resume, inputs.console.say),
+            checkpoint=plan,
+            on_step=on_step,
+            on_resume=on_resume,
+            on_halved=on_halved,
         )
     inputs.diagnostics.update(diagnostics)
     dtypes = {
@@ -377,7 +390,8 @@ def _run_stages(recipe: Recipe, console: Console, *, resume: bool, overwrite: bo
         folder.write_metrics(metrics)
         _write_provenance(inputs, folder, started)
         write_report(folder.path, samples=recipe.report.samples)
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        for name in WORKING_FILES:
+            (folder / name).unlink(missing_ok=True)
     return Run(folder.path, selection, metrics, patch)
 
 

@@ -39,9 +39,9 @@ _RESULTS = (
     "provenance.json",
 )
 _ORACLE_SCORES = "scores/oracle.jsonl"
-_CONTENT = frozenset(
-    (*_RESULTS, _ORACLE_SCORES, "patch", "scores", "patch/original.safetensors", "checkpoint.safetensors")
-)
+WORKING_FILES = ("checkpoint.safetensors", "activations", "activations.json")
+"""What a resumed run goes on from; removed at the end."""
+_CONTENT = frozenset((*_RESULTS, _ORACLE_SCORES, "patch", "scores", "patch/original.safetensors", *WORKING_FILES))
 _NOT_COMPARED = ("output", "report", "device")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.metrics import FORGET_SET
 from falcon_unlearn.evaluation.scoring import answer_log_probabilities, score_set
 from falcon_unlearn.methods import METHODS, Method, Setup
+from falcon_unlearn.model.activation_cache import ActivationCache
+from falcon_unlearn.model.activation_store import ActivationStore
 from falcon_unlearn.model.decoder import SplitDecoder, find_layers, replaced, scope_parameters
 from falcon_unlearn.model.loading import context_length, number_of_layers, quiet_transformers
 from falcon_unlearn.selection.activations import layer_means
@@ -305,7 +309,9 @@ def _sweep(
             decoder = SplitDecoder(model, tuple(layers), recipe.training.modules)
             masters = decoder.masters()
             try:
-                _train(recipe, trial_training, decoder, masters, data, loss_mask=encoded.loss_mask)
+                with tempfile.TemporaryDirectory() as folder:
+                    kept = CachePlan(Path(folder) / "activations", resume=False, say=lambda _: None)
+                    _train(recipe, trial_training, decoder, masters, data, loss_mask=encoded.loss_mask, cache=kept)
             except DivergedError:
                 return TrialOutcome(math.nan, math.nan)
             except InterruptedTrainingError as stop:
@@ -318,6 +324,42 @@ def _sweep(
         return sweep(candidates, trial)
 
 
+@dataclass(frozen=True)
+class CachePlan:
+    """Where kept activations lie beyond the budget, and whether the file may serve a later, resumed run."""
+
+    path: Path
+    resume: bool
+    say: Callable[[str], None]
+
+
+def _free_memory() -> int:
+    """Bytes of free memory; 8 GiB where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30
+
+
+def _keep_activations(training: TrainingConfig, decoder: SplitDecoder, data: TrainingData, plan: CachePlan) -> bool:
+    """Keep the frozen activations of what training reads more than once; tell whether that is all it reads."""
+    everything = data.records()
+    records = data.repeated(training.steps, training.batch_size) if training.cache == "auto" else everything
+    if training.cache == "off" or not records:
+        return False
+    budget = _free_memory() / 4 if training.cache_gb is None else training.cache_gb * 2**30
+    store = ActivationStore(plan.path, budget)
+    if plan.resume and plan.path.exists() and not store.reopen(decoder.identity()):
+        plan.say(f"{plan.path} is damaged, unfinished or of other weights: activations are computed again")
+    before = store.bytes_on_disk
+    decoder.keep(ActivationCache(store), records, data.pad_id, training.micro_batch_size or training.batch_size)
+    if store.bytes_on_disk > before:
+        store.seal(decoder.identity())
+    if store.bytes_on_disk:
+        plan.say(f"activations: {store.bytes_in_memory >> 20} MiB in memory, {store.bytes_on_disk >> 20} MiB on disk")
+    return len(records) == len(everything)
+
+
 def _train(
     recipe: Recipe,
     training: TrainingConfig,
@@ -326,10 +368,16 @@ def _train(
     data: TrainingData,
     *,
     loss_mask: LossMask,
+    cache: CachePlan,
+    own_model: bool = False,
     checkpoint: CheckpointPlan | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     on_resume: Callable[[int], None] | None = None,
+    on_halved: Callable[[int], None] | None = None,
 ) -> Method:
+    complete = _keep_activations(training, decoder, data, cache)
+    if complete and own_model:
+        decoder.release()
     setup = Setup(decoder, data.first_batches(training.batch_size), loss_mask, recipe.seed)
     method = METHODS[recipe.method.name].build(recipe.method, setup)
     train(
@@ -342,6 +390,7 @@ def _train(
         checkpoint=checkpoint,
         on_step=on_step,
         on_resume=on_resume,
+        on_halved=on_halved,
     )
     return method
 
@@ -352,20 +401,24 @@ def unlearn_layers(
     encoded: EncodedCorpus,
     selection: LayerSelection,
     *,
+    cache: CachePlan,
     checkpoint: Callable[[Mapping[str, Tensor]], CheckpointPlan],
     on_step: Callable[[StepRecord], None],
     on_resume: Callable[[int], None],
+    on_halved: Callable[[int], None],
 ) -> tuple[SplitDecoder, dict[str, Tensor], Mapping[str, Any]]:
     """Train the selected layers of ``model``.
 
     Args:
         recipe: method and training settings.
-        model: the first ``target + 1`` layers suffice; it is left as it was.
+        model: the first ``target + 1`` layers suffice; of no other use afterwards.
         encoded: the corpus.
         selection: which layers.
+        cache: where frozen activations are kept beyond the memory for them.
         checkpoint: given the initial masters, says where the state is kept.
         on_step: called after each step.
         on_resume: called once with the number of steps that were already done.
+        on_halved: called with the new micro-batch size when memory did not suffice.
 
     Returns:
         The split decoder, its trained fp32 tensors by name, and the method's diagnostics.
@@ -381,9 +434,12 @@ def unlearn_layers(
         masters,
         data,
         loss_mask=encoded.loss_mask,
+        cache=cache,
+        own_model=True,
         checkpoint=plan,
         on_step=on_step,
         on_resume=on_resume,
+        on_halved=on_halved,
     )
     return decoder, masters, method.diagnostics()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from falcon_unlearn.engine.checkpoint import load_checkpoint, save_checkpoint
+from falcon_unlearn.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
 from falcon_unlearn.engine.optimizers import OptimizerConfig, build_optimizer
 from falcon_unlearn.errors import UserError
 
@@ -38,16 +38,16 @@ def advance(masters, optimizer, steps):
 def test_going_on_is_bit_identical(tmp_path, config, stop):
     masters, optimizer = fresh(config)
     advance(masters, optimizer, range(stop))
-    save_checkpoint(tmp_path / "state", stop, "same", masters, optimizer)
+    save_checkpoint(tmp_path / "state", Progress(stop, 4), "same", masters, optimizer)
     advance(masters, optimizer, range(stop, 9))
     resumed, resumed_optimizer = fresh(config)
-    assert load_checkpoint(tmp_path / "state", "same", resumed, resumed_optimizer) == stop
+    assert load_checkpoint(tmp_path / "state", "same", resumed, resumed_optimizer) == Progress(stop, 4)
     advance(resumed, resumed_optimizer, range(stop, 9))
     for name, value in masters.items():
         assert torch.equal(resumed[name], value)
         assert not torch.equal(value, torch.ones_like(value))
-    save_checkpoint(tmp_path / "a", 9, "same", masters, optimizer)
-    save_checkpoint(tmp_path / "b", 9, "same", resumed, resumed_optimizer)
+    save_checkpoint(tmp_path / "a", Progress(9, 4), "same", masters, optimizer)
+    save_checkpoint(tmp_path / "b", Progress(9, 4), "same", resumed, resumed_optimizer)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -55,7 +55,7 @@ def test_without_the_optimizer_state_it_would_not_be(tmp_path):
     """The test above can fail: momentum matters."""
     masters, optimizer = fresh()
     advance(masters, optimizer, range(4))
-    save_checkpoint(tmp_path / "state", 4, "same", masters, optimizer)
+    save_checkpoint(tmp_path / "state", Progress(4, 4), "same", masters, optimizer)
     advance(masters, optimizer, range(4, 9))
     resumed, resumed_optimizer = fresh()
     load_checkpoint(tmp_path / "state", "same", resumed, resumed_optimizer)
@@ -67,7 +67,7 @@ def test_without_the_optimizer_state_it_would_not_be(tmp_path):
 def test_masters_stay_the_same_leaves(tmp_path):
     masters, optimizer = fresh()
     advance(masters, optimizer, range(2))
-    save_checkpoint(tmp_path / "state", 2, "same", masters, optimizer)
+    save_checkpoint(tmp_path / "state", Progress(2, 4), "same", masters, optimizer)
     resumed, resumed_optimizer = fresh()
     leaves = dict(resumed)
     load_checkpoint(tmp_path / "state", "same", resumed, resumed_optimizer)
@@ -78,24 +78,24 @@ def test_masters_stay_the_same_leaves(tmp_path):
 def test_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
     masters, optimizer = fresh()
     for step in range(3):
-        save_checkpoint(tmp_path / "state", step, "same", masters, optimizer)
+        save_checkpoint(tmp_path / "state", Progress(step, 4), "same", masters, optimizer)
         advance(masters, optimizer, [step])
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
-    assert load_checkpoint(tmp_path / "state", "same", *fresh()) == 2
+    assert load_checkpoint(tmp_path / "state", "same", *fresh()) == Progress(2, 4)
 
 
 def test_a_failed_write_keeps_the_last_state(tmp_path, monkeypatch):
     masters, optimizer = fresh()
-    save_checkpoint(tmp_path / "state", 1, "same", masters, optimizer)
+    save_checkpoint(tmp_path / "state", Progress(1, 4), "same", masters, optimizer)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path / "state", 2, "same", masters, optimizer)
+        save_checkpoint(tmp_path / "state", Progress(2, 4), "same", masters, optimizer)
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
-    assert load_checkpoint(tmp_path / "state", "same", *fresh()) == 1
+    assert load_checkpoint(tmp_path / "state", "same", *fresh()) == Progress(1, 4)
 
 
 class TestRefused:
@@ -103,7 +103,7 @@ class TestRefused:
     def state(self, tmp_path):
         masters, optimizer = fresh()
         advance(masters, optimizer, range(3))
-        save_checkpoint(tmp_path / "state", 3, "mine", masters, optimizer)
+        save_checkpoint(tmp_path / "state", Progress(3, 4), "mine", masters, optimizer)
         return tmp_path / "state"
 
     def refuse(self, path, match, fingerprint="mine"):
@@ -153,5 +153,7 @@ class TestRefused:
         value = tensors.pop("master/layers.1.w")
         if change == "reshaped":
             tensors["master/layers.1.w"] = value[:1]
-        save_file(tensors, state, metadata={"state": json.dumps({"step": 3, "fingerprint": "mine"})})
+        save_file(
+            tensors, state, metadata={"state": json.dumps({"step": 3, "micro_batch_size": 4, "fingerprint": "mine"})}
+        )
         self.refuse(state, r"no layers\.1\.w in it")

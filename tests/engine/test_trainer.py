@@ -25,7 +25,7 @@ from falcon_unlearn.engine.trainer import (
     train,
 )
 from falcon_unlearn.errors import UserError
-from falcon_unlearn.methods import Falcon, FalconConfig, Losses, Setup
+from falcon_unlearn.methods import Falcon, FalconConfig, Setup
 from falcon_unlearn.model.decoder import SplitDecoder
 
 CPU = torch.device("cpu")
@@ -197,24 +197,34 @@ class TestResume:
             run(tmp_path / "state", resume=True)
 
 
-class Toy:
-    """Two quadratics with random targets: forget moves ``a`` alone, retain both; ``spoil`` may replace a loss."""
+def as_it_is(step, loss, masters):
+    return loss
 
-    def __init__(self, spoil=lambda step, losses, masters: losses):
-        self.spoil = spoil
+
+class Toy:
+    """Two quadratics with random targets: forget moves ``a`` alone, retain both; both losses can be spoilt."""
+
+    def __init__(self, forget=as_it_is, retain=as_it_is):
+        self.spoil_forget, self.spoil_retain = forget, retain
 
     @staticmethod
     def masters():
         return {"a": torch.ones(3, requires_grad=True), "b": torch.ones(2, 2, requires_grad=True)}
 
-    def losses(self, step, domain, forget, retain, masters):
-        towards = forget.input_ids.float().mean() / 60, retain.input_ids.float().mean() / 60
-        forget_loss = (masters["a"] - towards[0]).square().sum()
-        retain_loss = (masters["a"] + towards[1]).square().sum() + (masters["b"] - towards[1]).square().sum()
-        return self.spoil(step, Losses(forget_loss, retain_loss), masters)
+    def weight(self, batch):
+        return len(batch)
+
+    def forget_loss(self, step, domain, batch, masters):
+        towards = batch.input_ids.float().mean() / 60
+        return self.spoil_forget(step, (masters["a"] - towards).square().sum(), masters)
+
+    def retain_loss(self, step, batch, masters):
+        towards = batch.input_ids.float().mean() / 60
+        loss = (masters["a"] + towards).square().sum() + (masters["b"] - towards).square().sum()
+        return self.spoil_retain(step, loss, masters)
 
 
-def train_toy(corpus, path=None, *, spoil=None, steps=STEPS, every=3, lr=1e-2, name="adamw", combination="sum", **more):
+def train_toy(corpus, path=None, *, toy=None, steps=STEPS, every=3, lr=1e-2, name="adamw", combination="sum", **more):
     masters = more.pop("masters", None) or Toy.masters()
     config = TrainingConfig(
         steps=steps,
@@ -224,42 +234,47 @@ def train_toy(corpus, path=None, *, spoil=None, steps=STEPS, every=3, lr=1e-2, n
         gradients=GradientConfig(combination=combination),
     )
     plan = CheckpointPlan(path, "toy", resume=False) if path else None
-    method = Toy(spoil) if spoil else Toy()
-    train(method, masters, corpus, config, seed=0, hidden_size=4, checkpoint=plan, **more)
+    train(toy or Toy(), masters, corpus, config, seed=0, hidden_size=4, checkpoint=plan, **more)
     return masters
 
 
-def nan_forget(losses, masters):
-    return Losses(losses.forget * math.nan, losses.retain)
+def nan(loss, masters):
+    return loss * math.nan
 
 
-def inf_retain(losses, masters):
-    return Losses(losses.forget, losses.retain + math.inf)
+def inf(loss, masters):
+    return loss + math.inf
 
 
-def nan_gradient(losses, masters):
+def nan_gradient(loss, masters):
     """A finite loss whose gradient is not: the square root at zero."""
-    return Losses(losses.forget + (masters["a"] - masters["a"].detach()).abs().sum().sqrt(), losses.retain)
+    return loss + (masters["a"] - masters["a"].detach()).abs().sum().sqrt()
+
+
+def spoilt(side, spoil, at):
+    """A toy one of whose losses is spoilt at one step."""
+    return Toy(**{side: lambda step, loss, masters: spoil(loss, masters) if step == at else loss})
 
 
 class TestNonFinite:
     @pytest.mark.parametrize(
-        ("spoil", "what"),
+        ("side", "spoil", "what"),
         [
-            (nan_forget, "forget_loss and forget_grad_norm"),
-            (inf_retain, "retain_loss"),
-            (nan_gradient, "forget_grad_norm"),
+            ("forget", nan, "forget_loss and forget_grad_norm"),
+            ("retain", inf, "retain_loss"),
+            ("forget", nan_gradient, "forget_grad_norm"),
         ],
     )
     @pytest.mark.parametrize(("at", "last_good"), [(7, 6), (6, 3), (4, 3)])
-    def test_stops_at_the_step_with_the_last_good_state_on_disk(self, corpus, tmp_path, spoil, what, at, last_good):
+    def test_stops_at_the_step_with_the_last_good_state_on_disk(
+        self, corpus, tmp_path, side, spoil, what, at, last_good
+    ):
         path, masters, logged = tmp_path / "state", Toy.masters(), []
 
-        def at_step(step, losses, own):
-            return spoil(losses, own) if step == at else losses
-
         with pytest.raises(DivergedError, match=rf"^step {at}: {what} not finite; the last good state is in .*state;"):
-            train_toy(corpus, path, spoil=at_step, masters=masters, on_step=lambda r: logged.append(r.step))
+            train_toy(
+                corpus, path, toy=spoilt(side, spoil, at), masters=masters, on_step=lambda r: logged.append(r.step)
+            )
         assert logged == list(range(at))
         assert saved_step(path) == last_good
         good, stored = train_toy(corpus, steps=last_good), load_file(path)
@@ -270,25 +285,25 @@ class TestNonFinite:
     def test_before_the_first_checkpoint_none_is_claimed(self, corpus, tmp_path):
         path = tmp_path / "state"
         with pytest.raises(DivergedError, match=r"^step 0: forget_loss and .*; no state was saved before it;"):
-            train_toy(corpus, path, spoil=lambda step, losses, m: nan_forget(losses, m) if step == 0 else losses)
+            train_toy(corpus, path, toy=spoilt("forget", nan, 0))
         assert not path.exists()
 
     def test_the_state_before_the_first_update_is_kept(self, corpus, tmp_path):
         path = tmp_path / "state"
         with pytest.raises(DivergedError, match=r"^step 2: forget_loss and .*; the last good state is in"):
-            train_toy(corpus, path, spoil=lambda step, losses, m: nan_forget(losses, m) if step == 2 else losses)
+            train_toy(corpus, path, toy=spoilt("forget", nan, 2))
         assert saved_step(path) == 0
 
     def test_the_last_update_is_looked_at_too(self, corpus, tmp_path):
         path = tmp_path / "state"
         with pytest.raises(DivergedError, match=r"^step 7: after its update a not finite; the last good state is in"):
-            train_toy(corpus, path, spoil=self.explode_at(7), name="sgd", lr=1e30)
+            train_toy(corpus, path, toy=self.explode_at(7), name="sgd", lr=1e30)
         assert saved_step(path) == 6
 
     def test_an_interrupt_does_not_save_a_bad_update(self, corpus, tmp_path):
         path = tmp_path / "state"
         with pytest.raises(DivergedError, match=r"^step 4: after its update a not finite"):
-            train_toy(corpus, path, spoil=self.explode_at(4), name="sgd", lr=1e30, on_step=interrupt_at(4))
+            train_toy(corpus, path, toy=self.explode_at(4), name="sgd", lr=1e30, on_step=interrupt_at(4))
         assert saved_step(path) == 3
         assert torch.isfinite(load_file(path)["master/a"]).all()
 
@@ -296,15 +311,17 @@ class TestNonFinite:
     def explode_at(at):
         """Finite loss and gradient, but the update overflows fp32 (with a learning rate of 1e30)."""
 
-        def spoil(step, losses, masters):
-            total = masters["a"].sum()
-            return Losses((1e10 if step == at else 0) * total, 0 * total)
+        def forget(step, loss, masters):
+            return (1e10 if step == at else 0) * masters["a"].sum()
 
-        return spoil
+        def retain(step, loss, masters):
+            return 0 * masters["a"].sum()
+
+        return Toy(forget, retain)
 
     def test_trial_runs_stop_as_well(self, corpus):
         with pytest.raises(DivergedError, match="no state was saved"):
-            train_toy(corpus, spoil=lambda step, losses, m: nan_forget(losses, m))
+            train_toy(corpus, toy=spoilt("forget", nan, 0))
 
 
 class TestInterrupt:
@@ -323,13 +340,13 @@ class TestInterrupt:
     def test_in_the_middle_of_a_step_lets_it_finish(self, corpus, tmp_path):
         logged = []
 
-        def spoil(step, losses, masters):
+        def interrupting(step, loss, masters):
             if step == 2:
                 os.kill(os.getpid(), signal.SIGINT)
-            return losses
+            return loss
 
         with pytest.raises(InterruptedTrainingError):
-            train_toy(corpus, tmp_path / "state", spoil=spoil, on_step=lambda r: logged.append(r.step))
+            train_toy(corpus, tmp_path / "state", toy=Toy(interrupting), on_step=lambda r: logged.append(r.step))
         assert logged == [0, 1, 2]
         assert saved_step(tmp_path / "state") == 3
 
@@ -457,3 +474,113 @@ def test_first_batches_are_the_corpus_in_its_order():
     data = TrainingData({"a": numbered(10, 5), "b": numbered(30, 2)}, {"r": numbered(50, 1)}, 0, CPU)
     found = {domain: [b.input_ids[:, 0].tolist() for b in parts] for domain, parts in data.first_batches(2).items()}
     assert found == {"a": [[10, 11], [12, 13], [14]], "b": [[30, 31]]}
+
+
+class TestMicroBatches:
+    """Cutting a batch changes nothing but rounding; memory that does not suffice cuts it."""
+
+    @pytest.mark.parametrize("combination", ["falcon", "sum", "pcgrad"])
+    @pytest.mark.parametrize("size", [1, 2, 3])
+    def test_gradients_are_those_of_the_whole_batch(self, llama, corpus, combination, size):
+        """Conflicts are resolved once, on the accumulated gradients of each objective."""
+        found = []
+        for micro in (None, size):
+            config = TrainingConfig(
+                steps=3, batch_size=4, micro_batch_size=micro, cache="off",
+                optimizer=OptimizerConfig(name="sgd", lr=1e-1), gradients=GradientConfig(combination=combination),
+            )  # fmt: skip
+            decoder = SplitDecoder(llama, (1,), "mlp")
+            method = Falcon(FalconConfig(offset_rank=4), Setup(decoder, corpus.first_batches(4), "answer", 0))
+            masters, log = decoder.masters(), []
+            with torch.no_grad():  # at the original weights the retain gradient is rounding and its sign a lottery
+                for value in masters.values():
+                    value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(4)))
+            train(method, masters, corpus, config, seed=0, hidden_size=16, on_step=log.append)
+            found.append((masters, log))
+        (whole, log), (cut, cut_log) = found
+        for name in whole:
+            torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-6)
+        for record, expected in zip(cut_log, log, strict=True):
+            assert record.micro_batches == math.ceil(4 / size)
+            assert expected.micro_batches == 1
+            assert record.forget_loss == pytest.approx(expected.forget_loss, rel=1e-5)
+            assert record.retain_loss == pytest.approx(expected.retain_loss, rel=1e-4, abs=1e-6)
+            assert record.conflicts == expected.conflicts
+
+    def test_running_out_of_memory_halves_and_goes_on_from_the_same_step(self, corpus):
+        sizes, halved, logged = [], [], []
+
+        class Hungry(Toy):
+            def retain_loss(self, step, batch, masters):
+                sizes.append((step, len(batch)))
+                if step >= 3 and len(batch) > 1:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return super().retain_loss(step, batch, masters)
+
+        masters = train_toy(corpus, toy=Hungry(), on_halved=halved.append, on_step=logged.append)
+        assert halved == [2, 1]
+        assert [record.step for record in logged] == list(range(STEPS))
+        assert [record.micro_batches for record in logged] == [1] * 3 + [4] * (STEPS - 3)
+        assert [size for step, size in sizes if step == 3] == [4, 2, 1, 1, 1, 1]
+        expected = train_toy(corpus)
+        # The toy's targets are means over a batch's tokens, so cutting changes them a little; the order of data not.
+        for name, value in masters.items():
+            torch.testing.assert_close(value, expected[name], rtol=0.05, atol=0.05)
+
+    def test_the_cpus_allocator_is_understood_and_other_errors_are_not_swallowed(self, corpus):
+        def failing(message):
+            def forget(step, loss, masters):
+                raise RuntimeError(message)
+
+            return Toy(forget)
+
+        with pytest.raises(UserError, match=r"^out of memory with a single record; lower corpus\.max_length"):
+            train_toy(corpus, toy=failing("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            train_toy(corpus, toy=failing("mat1 and mat2 shapes cannot be multiplied"))
+
+    def test_the_size_found_is_kept_over_a_resume(self, llama, corpus, tmp_path):
+        class Hungry(Toy):
+            def forget_loss(self, step, domain, batch, masters):
+                if len(batch) > 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return super().forget_loss(step, domain, batch, masters)
+
+        path, whole = tmp_path / "state", Toy.masters()
+        train_toy(corpus, toy=Hungry(), masters=whole)
+        with pytest.raises(InterruptedTrainingError):
+            train_toy(corpus, path, toy=Hungry(), on_step=interrupt_at(4))
+        masters, halved = Toy.masters(), []
+        plan = CheckpointPlan(path, "toy", resume=True)
+        config = TrainingConfig(
+            steps=STEPS, batch_size=4, checkpoint_every=3, optimizer=OptimizerConfig(lr=1e-2, betas=(0.0, 0.9)),
+            gradients=GradientConfig(combination="sum"),
+        )  # fmt: skip
+        train(Hungry(), masters, corpus, config, seed=0, hidden_size=4, checkpoint=plan, on_halved=halved.append)
+        assert halved == []
+        assert all(torch.equal(masters[name], value) for name, value in whole.items())
+
+    def test_tensors_without_memory_of_their_own_are_not_overwritten(self, corpus):
+        """Autograd hands the same gradient to two parameters here, and one that is a view of a single number."""
+
+        def forget(step, loss, masters):
+            both = masters["a"] + masters["b"].flatten()[:3]
+            return both.sum() + masters["b"].sum()
+
+        masters = train_toy(corpus, toy=Toy(forget), combination="falcon", steps=2)
+        assert all(value.isfinite().all() for value in masters.values())
+
+
+@given(
+    st.dictionaries(st.sampled_from("abc"), st.integers(1, 9), min_size=1),
+    st.integers(1, 12),
+    st.integers(1, 5),
+)
+def test_repeated_are_the_domains_that_steps_go_through_more_than_once(sizes, steps, batch_size):
+    domains = {name: records(seed, size) for seed, (name, size) in enumerate(sizes.items())}
+    data = TrainingData(domains, {"retain": records(9, 7)}, 0, CPU)
+    seen = Counter(record.ids for step in range(steps) for record in data.at(step, batch_size, 3)[1].records)
+    repeated = {record.ids for record in data.repeated(steps, batch_size)}
+    for own in domains.values():
+        more_than_once = any(seen[record.ids] > 1 for record in own)
+        assert {record.ids in repeated for record in own} == {more_than_once}

@@ -3,15 +3,13 @@ import math
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_setup import build_data, build_decoder, losses_of, widened
 
-from falcon_unlearn.corpus.batching import Batch, Encoded
 from falcon_unlearn.engine.optimizers import OptimizerConfig
 from falcon_unlearn.engine.trainer import TrainingConfig, TrainingData, train
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.methods import METHODS, Falcon, FalconConfig, MethodConfig, RmuConfig, Setup
 from falcon_unlearn.methods.base import generator_for, masked_activations
-from falcon_unlearn.model.decoder import SplitDecoder
 from falcon_unlearn.objectives.offset_vectors import published_code_vector, random_vector
 
 HIDDEN = 32
@@ -19,26 +17,14 @@ TARGET = 2
 SEED = 5
 
 
-def records(seed, count, *, tokens):
-    """Random records over a range of tokens of their own, so that domains differ."""
-    generator = torch.Generator().manual_seed(seed)
-    return [Encoded(tuple(torch.randint(*tokens, (8 + i % 5,), generator=generator).tolist()), 3) for i in range(count)]
-
-
 @pytest.fixture(scope="module")
 def decoder():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=90, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    return SplitDecoder(LlamaForCausalLM(config).eval().requires_grad_(False), (TARGET,), "mlp")
+    return build_decoder(4, TARGET)
 
 
 @pytest.fixture(scope="module")
 def data():
-    forget = {"bio": records(1, 8, tokens=(3, 30)), "cyber": records(2, 8, tokens=(30, 60))}
-    return TrainingData(forget, {"retain": records(3, 24, tokens=(60, 90))}, 0, torch.device("cpu"))
+    return build_data()
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +65,7 @@ class TestLosses:
         method = build(setup, negatives=negatives, temperature=0.5, forget_weight=3.0, retain_weight=7.0)
         masters = moved(decoder)
         domain, forget, retain = data.at(1, 4, SEED)
-        losses = method.losses(1, domain, forget, retain, masters)
+        losses = losses_of(method, 1, domain, forget, retain, masters)
         (anchor, frozen), kept = (activations(decoder, b, masters, mask) for b in (forget, retain))
         positive, total = method.offset_vector(1, domain), 0.0
         for i in range(len(anchor)):
@@ -93,7 +79,7 @@ class TestLosses:
     def test_retain_has_no_gradient_at_the_original_weights(self, decoder, setup, data):
         masters = decoder.masters()
         domain, forget, retain = data.at(0, 4, SEED)
-        losses = build(setup).losses(0, domain, forget, retain, masters)
+        losses = losses_of(build(setup), 0, domain, forget, retain, masters)
         assert losses.retain.item() == pytest.approx(0, abs=1e-6)
         norms = [
             math.sqrt(sum(g.square().sum().item() for g in torch.autograd.grad(loss, list(masters.values()))))
@@ -107,35 +93,21 @@ class TestLosses:
         setup = Setup(decoder, data.first_batches(4), mask, SEED)
         method, masters = build(setup, negatives=negatives), moved(decoder)
         domain, forget, retain = data.at(0, 4, SEED)
-        plain = method.losses(0, domain, forget, retain, masters)
-        padded = method.losses(0, domain, widened(forget), widened(retain), masters)
+        plain = losses_of(method, 0, domain, forget, retain, masters)
+        padded = losses_of(method, 0, domain, widened(forget), widened(retain), masters)
         assert padded.forget.item() == pytest.approx(plain.forget.item(), abs=1e-6)
         assert padded.retain.item() == pytest.approx(plain.retain.item(), abs=1e-6)
 
     def test_loss_mask_matters(self, decoder, data):
         masters = moved(decoder)
-        domain, forget, retain = data.at(0, 4, SEED)
+        domain, forget, _ = data.at(0, 4, SEED)
         losses = [
             build(Setup(decoder, data.first_batches(4), mask, SEED), offset="random")
-            .losses(0, domain, forget, retain, masters)
-            .forget.item()
+            .forget_loss(0, domain, forget, masters)
+            .item()
             for mask in ("answer", "all")
         ]
         assert abs(losses[0] - losses[1]) > 1e-4
-
-
-def widened(batch, by=6):
-    """The same records with more padding, filled with a token that exists."""
-
-    def pad(value, fill):
-        return torch.nn.functional.pad(value, (0, by), value=fill)
-
-    return Batch(
-        pad(batch.input_ids, 11),
-        pad(batch.attention_mask, 0),
-        pad(batch.answer_mask, False),
-        pad(batch.content_mask, False),
-    )
 
 
 class TestOffsetVector:
@@ -234,8 +206,8 @@ def test_training_turns_forget_to_the_offset_and_leaves_retain(decoder, data, se
 def test_weights_scale_the_losses(decoder, setup, data):
     masters = moved(decoder)
     domain, forget, retain = data.at(0, 4, SEED)
-    plain = build(setup, retain_weight=1.0).losses(0, domain, forget, retain, masters)
-    weighted = build(setup, forget_weight=2.5, retain_weight=0.0).losses(0, domain, forget, retain, masters)
+    plain = losses_of(build(setup, retain_weight=1.0), 0, domain, forget, retain, masters)
+    weighted = losses_of(build(setup, forget_weight=2.5, retain_weight=0.0), 0, domain, forget, retain, masters)
     assert weighted.forget.item() == pytest.approx(2.5 * plain.forget.item())
     assert weighted.retain.item() == 0
 
@@ -254,7 +226,7 @@ class TestTable:
         config = entry.config()
         assert config.name == name
         assert entry.summary
-        losses = entry.build(config, setup).losses(0, *data.at(0, 4, SEED), decoder.masters())
+        losses = losses_of(entry.build(config, setup), 0, *data.at(0, 4, SEED), decoder.masters())
         assert losses.forget.ndim == losses.retain.ndim == 0
         assert losses.forget.requires_grad
         assert losses.retain.requires_grad

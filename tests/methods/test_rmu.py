@@ -1,38 +1,25 @@
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_setup import build_data, build_decoder, losses_of, widened
 
-from falcon_unlearn.corpus.batching import Batch, Encoded
 from falcon_unlearn.engine.gradient_conflict import GradientConfig
 from falcon_unlearn.engine.optimizers import OptimizerConfig
-from falcon_unlearn.engine.trainer import TrainingConfig, TrainingData, train
+from falcon_unlearn.engine.trainer import TrainingConfig, train
 from falcon_unlearn.methods import Rmu, RmuConfig, Setup
-from falcon_unlearn.model.decoder import SplitDecoder
 
 HIDDEN = 32
 SEED = 2
 
 
-def records(seed, count, *, tokens):
-    generator = torch.Generator().manual_seed(seed)
-    return [Encoded(tuple(torch.randint(*tokens, (8 + i % 5,), generator=generator).tolist()), 3) for i in range(count)]
-
-
 @pytest.fixture(scope="module")
 def decoder():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=90, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    return SplitDecoder(LlamaForCausalLM(config).eval().requires_grad_(False), (1,), "mlp")
+    return build_decoder(3, 1)
 
 
 @pytest.fixture(scope="module")
 def data():
-    forget = {"bio": records(1, 8, tokens=(3, 30)), "cyber": records(2, 8, tokens=(30, 60))}
-    return TrainingData(forget, {"retain": records(3, 24, tokens=(60, 90))}, 0, torch.device("cpu"))
+    return build_data()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +41,7 @@ def test_losses_are_the_equations(decoder, setup, data):
         for name, value in decoder.masters().items()
     }
     domain, forget, retain = data.at(0, 4, SEED)
-    losses = method.losses(0, domain, forget, retain, masters)
+    losses = losses_of(method, 0, domain, forget, retain, masters)
     (anchor, _), (updated, frozen) = (activations(decoder, b, masters) for b in (forget, retain))
     target = method._targets[domain]
     assert losses.forget.item() == pytest.approx(2.0 * ((anchor - target) ** 2).mean().item(), rel=1e-5)
@@ -84,7 +71,7 @@ def test_auto_coefficient_is_a_multiple_of_the_activations_mean_norm(decoder, se
 
 def test_retain_loss_and_gradient_are_exactly_zero_at_the_original_weights(decoder, setup, data):
     masters = decoder.masters()
-    losses = Rmu(RmuConfig(), setup).losses(0, *data.at(0, 4, SEED), masters)
+    losses = losses_of(Rmu(RmuConfig(), setup), 0, *data.at(0, 4, SEED), masters)
     assert losses.retain.item() == 0
     assert not any(g.any() for g in torch.autograd.grad(losses.retain, list(masters.values())))
     assert losses.forget.item() > 0
@@ -93,20 +80,8 @@ def test_retain_loss_and_gradient_are_exactly_zero_at_the_original_weights(decod
 def test_padding_changes_nothing(decoder, setup, data):
     method, masters = Rmu(RmuConfig(), setup), {n: (v * 1.1).detach() for n, v in decoder.masters().items()}
     domain, forget, retain = data.at(1, 4, SEED)
-
-    def widened(batch):
-        def pad(value, fill):
-            return torch.nn.functional.pad(value, (0, 6), value=fill)
-
-        return Batch(
-            pad(batch.input_ids, 11),
-            pad(batch.attention_mask, 0),
-            pad(batch.answer_mask, False),
-            pad(batch.content_mask, False),
-        )
-
-    plain = method.losses(1, domain, forget, retain, masters)
-    padded = method.losses(1, domain, widened(forget), widened(retain), masters)
+    plain = losses_of(method, 1, domain, forget, retain, masters)
+    padded = losses_of(method, 1, domain, widened(forget), widened(retain), masters)
     assert padded.forget.item() == pytest.approx(plain.forget.item(), rel=1e-6, abs=1e-6)
     assert padded.retain.item() == pytest.approx(plain.retain.item(), rel=1e-6, abs=1e-6)
 

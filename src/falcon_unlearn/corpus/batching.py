@@ -49,13 +49,17 @@ class Batch:
 
     ``answer_mask`` is true on answer tokens, ``content_mask`` on every token of the record. Padding is in neither, and
     neither is beginning-of-sequence: its activation is the same in every record, and in large models so large that
-    it would be the only principal direction.
+    it would be the only principal direction. ``records`` are the rows as they were before padding.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     answer_mask: Tensor
     content_mask: Tensor
+    records: tuple[Encoded, ...] = ()
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
 
     def loss_mask(self, mask: LossMask) -> Tensor:
         """Boolean ``(batch, length)``: the tokens that take part in a loss or a statistic."""
@@ -68,7 +72,20 @@ class Batch:
             self.attention_mask.to(device),
             self.answer_mask.to(device),
             self.content_mask.to(device),
+            self.records,
         )
+
+    def parts(self, most: int) -> list[Batch]:
+        """Cut into batches of at most ``most`` rows, each as wide as its longest row."""
+        if most >= len(self):
+            return [self]
+        result = []
+        for start in range(0, len(self), most):
+            rows = slice(start, start + most)
+            width = max(len(record) for record in self.records[rows])
+            tensors = (self.input_ids, self.attention_mask, self.answer_mask, self.content_mask)
+            result.append(Batch(*(tensor[rows, :width] for tensor in tensors), self.records[rows]))
+        return result
 
 
 class Encoder:
@@ -245,7 +262,7 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
         attention[row, : len(item)] = 1
         answer[row, item.answer_start : len(item)] = True
         content[row, item.content_start : len(item)] = True
-    return Batch(input_ids, attention, answer, content)
+    return Batch(input_ids, attention, answer, content, tuple(encoded))
 
 
 def length_sorted_batches(encoded: Sequence[Encoded], batch_size: int) -> list[list[int]]:

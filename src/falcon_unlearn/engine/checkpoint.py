@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,14 +17,22 @@ from falcon_unlearn.artifacts import write_bytes
 from falcon_unlearn.errors import UserError
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Number of finished steps, and the records per forward pass that memory was found to suffice for."""
+
+    step: int
+    micro_batch_size: int
+
+
 def save_checkpoint(
-    path: Path, step: int, fingerprint: str, masters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    path: Path, progress: Progress, fingerprint: str, masters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write masters and optimiser state after ``step`` finished steps.
+    """Write masters and optimiser state.
 
     Args:
         path: file to replace.
-        step: number of finished steps.
+        progress: how far training is.
         fingerprint: hash of everything that must be equal to go on from here.
         masters: trained tensors, in the order the optimiser got them.
         optimizer: its per-parameter state must consist of tensors.
@@ -34,13 +44,14 @@ def save_checkpoint(
                 continue
             assert isinstance(value, Tensor), f"optimizer state {key} is no tensor"
             tensors[f"optimizer/{key}/{name}"] = value.detach().cpu().contiguous()
-    write_bytes(path, save(tensors, metadata={"state": json.dumps({"step": step, "fingerprint": fingerprint})}))
+    state = {**dataclasses.asdict(progress), "fingerprint": fingerprint}
+    write_bytes(path, save(tensors, metadata={"state": json.dumps(state)}))
 
 
 def load_checkpoint(
     path: Path, fingerprint: str, masters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> int:
-    """Put a saved state into ``masters`` and ``optimizer``; return the number of finished steps.
+) -> Progress:
+    """Put a saved state into ``masters`` and ``optimizer``; return how far it was.
 
     Raises:
         UserError: the file is damaged or belongs to another recipe, model or corpus.
@@ -49,7 +60,7 @@ def load_checkpoint(
         with safe_open(path, framework="pt") as handle:
             state = json.loads((handle.metadata() or {})["state"])
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a mapping)
-        step, found = int(state["step"]), state["fingerprint"]
+        progress, found = Progress(int(state["step"]), int(state["micro_batch_size"])), state["fingerprint"]
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{path}: not a usable checkpoint ({error}); start again with --overwrite") from error
     if found != fingerprint:
@@ -72,4 +83,4 @@ def load_checkpoint(
             optimizer.state[parameter] = {
                 key: value if value.ndim == 0 else value.to(parameter.device) for key, value in saved.items()
             }
-    return step
+    return progress

@@ -44,41 +44,53 @@ class GradientStatistics:
     conflicts: float
 
 
-def project_out(gradient: Tensor, direction: Tensor) -> Tensor:
-    """``gradient`` without its component along ``direction``; a zero direction takes nothing away."""
-    squared = (direction * direction).sum()
-    if squared == 0:
-        return gradient
-    return gradient - ((gradient * direction).sum() / squared) * direction
+def coefficients(
+    dot: float, forget_squared: float, retain_squared: float, config: GradientConfig
+) -> tuple[float, float]:
+    """Every combination is ``a g_F + b g_R``; these are a and b of one tensor.
 
-
-def combine_tensor(forget: Tensor, retain: Tensor, config: GradientConfig) -> Tensor:
-    """One tensor's update direction from its two gradients (all of the same shape)."""
+    Args:
+        dot: inner product of its two gradients.
+        forget_squared: squared norm of the forget gradient.
+        retain_squared: squared norm of the retain gradient.
+        config: which combination.
+    """
     if config.combination == "sum":
-        return forget + retain
-    conflict = bool((forget * retain).sum() < 0)
+        return 1.0, 1.0
+    conflict = dot < 0 and forget_squared > 0 and retain_squared > 0  # squares of tiny gradients underflow
     if config.combination == "pcgrad":
-        return project_out(forget, retain) + project_out(retain, forget) if conflict else forget + retain
+        return (1 - dot / forget_squared, 1 - dot / retain_squared) if conflict else (1.0, 1.0)
     if conflict:
         on_forget, on_retain = config.conflict_weights
-        return on_forget * project_out(forget, retain) + on_retain * retain
-    on_forget, on_retain = config.aligned_weights
-    return on_forget * forget + on_retain * retain
+        return on_forget, on_retain - on_forget * dot / retain_squared
+    return config.aligned_weights
 
 
 def combine(
     forget: Sequence[Tensor], retain: Sequence[Tensor], config: GradientConfig
 ) -> tuple[list[Tensor], GradientStatistics]:
-    """Combine the gradients of all trained tensors and say how much they were at odds."""
-    combined = [combine_tensor(f, r, config) for f, r in zip(forget, retain, strict=True)]
-    dots = torch.stack([(f * r).sum() for f, r in zip(forget, retain, strict=True)])
-    forget_norms = torch.stack([f.norm() for f in forget])
-    retain_norms = torch.stack([r.norm() for r in retain])
-    products = forget_norms * retain_norms
-    cosines = (dots / products)[products > 0]
-    return combined, GradientStatistics(
-        forget_norm=float(forget_norms.norm()),
-        retain_norm=float(retain_norms.norm()),
+    """Combine the gradients of all trained tensors in place of ``forget``, and say how much they were at odds.
+
+    Three inner products a tensor and one pass to combine; no further memory.
+
+    Args:
+        forget: forget gradients; overwritten with the result.
+        retain: retain gradients, of the same shapes.
+        config: which combination.
+    """
+    pairs = [(f.reshape(-1), r.reshape(-1)) for f, r in zip(forget, retain, strict=True)]
+    products = torch.stack([torch.stack([f.dot(r), f.dot(f), r.dot(r)]) for f, r in pairs]).double()
+    rows: list[list[float]] = products.tolist()
+    for into, other, row in zip(forget, retain, rows, strict=True):
+        on_forget, on_retain = coefficients(*row, config)
+        into.mul_(on_forget).add_(other, alpha=on_retain)
+    dots, squared = products[:, 0], products[:, 1:]
+    norms = squared.prod(dim=1).sqrt()
+    cosines = (dots / norms)[norms > 0]
+    forget_norm, retain_norm = squared.sum(dim=0).sqrt().tolist()
+    return list(forget), GradientStatistics(
+        forget_norm=forget_norm,
+        retain_norm=retain_norm,
         cosine=float(cosines.mean()) if len(cosines) else float("nan"),
-        conflicts=float((dots < 0).float().mean()),
+        conflicts=float((dots < 0).double().mean()),
     )

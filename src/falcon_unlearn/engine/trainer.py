@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -20,7 +23,7 @@ from torch import Tensor
 from falcon_unlearn.artifacts import StepRecord
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch, Encoded, batch_indices, collate
-from falcon_unlearn.engine.checkpoint import load_checkpoint, save_checkpoint
+from falcon_unlearn.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
 from falcon_unlearn.engine.gradient_conflict import GradientConfig, combine
 from falcon_unlearn.engine.optimizers import OptimizerConfig, build_optimizer, learning_rate, scheduled
 from falcon_unlearn.errors import UserError
@@ -34,6 +37,8 @@ class TrainingConfig(Section):
     """Optimiser steps."""
     batch_size: int = Field(16, ge=1)
     """Records per forget batch and per retain batch."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Records per forward pass; empty: the whole batch, halved whenever memory does not suffice."""
     modules: str | tuple[str, ...] = "mlp"
     """Trained matrices of each selected layer: mlp, down_proj, attention, all, or a list of name endings."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -42,6 +47,10 @@ class TrainingConfig(Section):
     """How forget and retain gradients are combined."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps between checkpoints."""
+    cache: Literal["auto", "on", "off"] = "auto"
+    """Keep frozen activations between epochs; auto: of every domain whose records are used more than once."""
+    cache_gb: float | None = Field(None, ge=0)
+    """Memory for kept activations, beyond which they lie on disk; empty: a quarter of the free memory."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,20 @@ class TrainingData:
             self._batch(f"forget/{forget}", self.forget[forget], batch_size, turn, seed=seed),
             self._batch(f"retain/{retain}", self.retain[retain], batch_size, retain_turn, seed=seed),
         )
+
+    def records(self) -> list[Encoded]:
+        """All records of both sides."""
+        return [record for side in (self.forget, self.retain) for records in side.values() for record in records]
+
+    def repeated(self, steps: int, batch_size: int) -> list[Encoded]:
+        """The records of every domain that ``steps`` go through more than once, and whether that is all there are."""
+        result: list[Encoded] = []
+        for side in (self.forget, self.retain):
+            for position, records in enumerate(side.values()):
+                turns = len(range(position, steps, len(side)))
+                if turns * min(batch_size, len(records)) > len(records):
+                    result += records
+        return result
 
     def first_batches(self, batch_size: int) -> dict[str, list[Batch]]:
         """The forget records of each domain in corpus order, for a method's set-up."""
@@ -123,6 +146,81 @@ class CheckpointPlan:
     resume: bool
 
 
+class _MicroBatches:
+    """How many records go through the model at once: halved when memory does not suffice, then kept."""
+
+    def __init__(self, config: TrainingConfig, on_halved: Callable[[int], None] | None) -> None:
+        self.size = min(config.micro_batch_size or config.batch_size, config.batch_size)
+        self._on_halved = on_halved
+
+    def gradients(
+        self,
+        loss_of: Callable[[Batch], Tensor],
+        weight_of: Callable[[Batch], int],
+        batch: Batch,
+        parameters: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradients of a whole batch, whatever its cutting.
+
+        Raises:
+            UserError: memory does not suffice for a single record.
+        """
+        while True:
+            try:
+                return _accumulated(loss_of, weight_of, batch.parts(self.size), parameters)
+            except RuntimeError as error:  # what the CPU's allocator raises is no OutOfMemoryError
+                if not _is_out_of_memory(error):
+                    raise
+            # Outside the handler the failed attempt is unreachable, and so is its memory.
+            _free_memory()
+            if self.size == 1:
+                raise UserError(
+                    "out of memory with a single record; lower corpus.max_length, train fewer layers or modules, "
+                    "or use dtype bfloat16"
+                )
+            self.size = (min(self.size, len(batch)) + 1) // 2
+            if self._on_halved is not None:
+                self._on_halved(self.size)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _accumulated(
+    loss_of: Callable[[Batch], Tensor],
+    weight_of: Callable[[Batch], int],
+    parts: Sequence[Batch],
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients of the batch that ``parts`` make up: their weighted means, one graph alive at a time."""
+    if len(parts) == 1:
+        loss = loss_of(parts[0])
+        return loss.detach(), _gradients(loss, parameters)
+    weights = [weight_of(part) for part in parts]
+    total_loss = torch.zeros((), device=parameters[0].device)
+    total: list[Tensor] = []
+    for part, weight in zip(parts, weights, strict=True):
+        if not weight:
+            continue
+        loss = loss_of(part) * (weight / sum(weights))
+        gradients = _gradients(loss, parameters)
+        total_loss += loss.detach()
+        del loss
+        if total:
+            torch._foreach_add_(total, gradients)
+        else:
+            total = gradients
+    return total_loss, total
+
+
 def train(
     method: Method,
     masters: Mapping[str, Tensor],
@@ -134,11 +232,13 @@ def train(
     checkpoint: CheckpointPlan | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     on_resume: Callable[[int], None] | None = None,
+    on_halved: Callable[[int], None] | None = None,
 ) -> None:
     """Train ``masters`` in place.
 
     A checkpoint of step k is written only after the losses and gradients at that state were seen to be finite (at
     the end and on Ctrl-C, where there are none yet: the weights), so the last one on disk is always a good state.
+    Micro-batches are added up objective by objective, and conflicts resolved once a step on the sums.
 
     Args:
         method: gives the two losses.
@@ -150,50 +250,60 @@ def train(
         checkpoint: None keeps no state (trial runs).
         on_step: called with the record of each finished step.
         on_resume: called once with the number of steps already done.
+        on_halved: called with the new micro-batch size when memory did not suffice for the old one.
 
     Raises:
         DivergedError: a loss or gradient is not finite; nothing was updated with it.
         InterruptedTrainingError: Ctrl-C or SIGTERM; the state is saved.
+        UserError: memory does not suffice for a single record.
     """
     parameters = list(masters.values())
     rate = learning_rate(config.optimizer, hidden_size)
     optimizer = build_optimizer(config.optimizer, parameters, hidden_size=hidden_size, batch_size=config.batch_size)
+    micro = _MicroBatches(config, on_halved)
     start = 0
     if checkpoint is not None and checkpoint.resume and checkpoint.path.exists():
-        start = load_checkpoint(checkpoint.path, checkpoint.fingerprint, masters, optimizer)
+        progress = load_checkpoint(checkpoint.path, checkpoint.fingerprint, masters, optimizer)
+        start, micro.size = progress.step, progress.micro_batch_size
     if on_resume is not None:
         on_resume(start)
 
     def save(step: int) -> None:
         if checkpoint is not None:
-            save_checkpoint(checkpoint.path, step, checkpoint.fingerprint, masters, optimizer)
+            save_checkpoint(checkpoint.path, Progress(step, micro.size), checkpoint.fingerprint, masters, optimizer)
 
     with _interrupt_between_steps() as interrupted:
         for step in range(start, config.steps):
             began = time.perf_counter()
             domain, forget, retain = data.at(step, config.batch_size, seed)
-            losses = method.losses(step, domain, forget, retain, masters)
-            forget_gradients = _gradients(losses.forget, parameters)
-            retain_gradients = _gradients(losses.retain, parameters)
+            forget_loss, forget_gradients = micro.gradients(
+                partial(method.forget_loss, step, domain, masters=masters), method.weight, forget, parameters
+            )
+            retain_loss, retain_gradients = micro.gradients(
+                partial(method.retain_loss, step, masters=masters), method.weight, retain, parameters
+            )
             combined, statistics = combine(forget_gradients, retain_gradients, config.gradients)
             record = StepRecord(
                 step=step,
-                forget_loss=float(losses.forget.detach()),
-                retain_loss=float(losses.retain.detach()),
+                forget_loss=float(forget_loss),
+                retain_loss=float(retain_loss),
                 forget_grad_norm=statistics.forget_norm,
                 retain_grad_norm=statistics.retain_norm,
                 cosine=statistics.cosine,
                 conflicts=statistics.conflicts,
                 seconds=0.0,
+                micro_batches=math.ceil(max(len(forget), len(retain)) / micro.size),
             )
             _check_finite(record, checkpoint)
             if step % config.checkpoint_every == 0:
                 save(step)
             for parameter, gradient in zip(parameters, combined, strict=True):
                 parameter.grad = gradient
+            del forget_gradients, retain_gradients, combined
             for group in optimizer.param_groups:
                 group["lr"] = scheduled(config.optimizer, rate, step, config.steps)
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             if on_step is not None:
                 on_step(dataclasses.replace(record, seconds=time.perf_counter() - began))
             if interrupted():
@@ -205,8 +315,19 @@ def train(
 
 
 def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+    """Gradients that may be written to: each has memory of its own."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    result, taken = [], set()
+    for gradient, parameter in zip(found, parameters, strict=True):
+        if gradient is None:
+            own = torch.zeros_like(parameter)
+        elif gradient.is_contiguous() and gradient.data_ptr() not in taken:
+            own = gradient
+        else:
+            own = gradient.clone(memory_format=torch.contiguous_format)
+        taken.add(own.data_ptr())
+        result.append(own)
+    return result
 
 
 def _check_finite(record: StepRecord, checkpoint: CheckpointPlan | None) -> None:

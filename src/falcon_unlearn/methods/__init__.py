@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from falcon_unlearn.methods.base import Losses, Method, Setup
+from falcon_unlearn.methods.base import Method, Setup
 from falcon_unlearn.methods.falcon import Falcon, FalconConfig
 from falcon_unlearn.methods.rmu import Rmu, RmuConfig
 
-__all__ = ["METHODS", "Falcon", "FalconConfig", "Losses", "Method", "MethodConfig", "Rmu", "RmuConfig", "Setup"]
+__all__ = ["METHODS", "Falcon", "FalconConfig", "Method", "MethodConfig", "Rmu", "RmuConfig", "Setup"]
 
 MethodConfig = Annotated[FalconConfig | RmuConfig, Field(discriminator="name")]
 

@@ -14,14 +14,6 @@ from falcon_unlearn.model.decoder import SplitDecoder
 
 
 @dataclass(frozen=True)
-class Losses:
-    """The two objectives of one step, always apart: the engine decides how their gradients are combined."""
-
-    forget: Tensor
-    retain: Tensor
-
-
-@dataclass(frozen=True)
 class Setup:
     """What a representation method may look at before training.
 
@@ -39,18 +31,29 @@ class Setup:
 
 
 class Method(Protocol):
-    """A method that is set up and ready to give losses."""
+    """A method that is set up and ready to give losses.
 
-    def losses(self, step: int, domain: str, forget: Batch, retain: Batch, masters: Mapping[str, Tensor]) -> Losses:
-        """Forward passes and objectives of one step.
+    The two losses are always apart: the engine decides how their gradients are combined. Each is a mean over
+    :meth:`weight` things, so that the engine can cut a batch into micro-batches and add up their gradients.
+    """
+
+    def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
+        """Forward pass and objective on a forget batch.
 
         Args:
             step: counts from 0.
             domain: the forget domain of this step.
-            forget: its batch.
-            retain: retain batch.
+            batch: of that domain.
             masters: trained tensors by name, fp32 leaves.
         """
+        ...
+
+    def retain_loss(self, step: int, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
+        """Forward pass and objective on a retain batch."""
+        ...
+
+    def weight(self, batch: Batch) -> int:
+        """Over how many things (tokens, records) the losses on ``batch`` are means."""
         ...
 
     def diagnostics(self) -> Mapping[str, Any]:

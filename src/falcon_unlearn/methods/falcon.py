@@ -18,7 +18,7 @@ from torch import Tensor
 
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch
-from falcon_unlearn.methods.base import Losses, Setup, generator_for, masked_activations
+from falcon_unlearn.methods.base import Setup, generator_for, masked_activations
 from falcon_unlearn.objectives.offset_vectors import (
     Nonlinearity,
     PrincipalSubspace,
@@ -53,7 +53,7 @@ class FalconConfig(Section):
     temperature: float = Field(0.7, gt=0)
     """tau of InfoNCE."""
     negatives: Literal["same_token", "batch"] = "same_token"
-    """same_token: the frozen activation of the token itself; batch: of all forget tokens of the batch."""
+    """same_token: the frozen activation of the token itself; batch: of all forget tokens of the (micro-)batch."""
     forget_weight: float = Field(1.0, gt=0)
     """Factor on the forget loss."""
     retain_weight: float = Field(2.0, ge=0)
@@ -108,19 +108,26 @@ class Falcon:
             for domain, subspace in self._subspaces.items()
         }
 
-    def losses(self, step: int, domain: str, forget: Batch, retain: Batch, masters: Mapping[str, Tensor]) -> Losses:
+    def weight(self, batch: Batch) -> int:
+        """Counted tokens."""
+        return int(batch.loss_mask(self._setup.loss_mask).sum())
+
+    def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
-        config, decoder, mask = self.config, self._setup.decoder, self._setup.loss_mask
-        forget_mask, retain_mask = forget.loss_mask(mask), retain.loss_mask(mask)
-        prepared = decoder.prepare(forget)
-        anchor = decoder.updated(prepared, masters)[forget_mask]
-        frozen = prepared.frozen[forget_mask]
-        forget_loss = info_nce(
-            anchor,
+        config, decoder, counted = self.config, self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
+        prepared = decoder.prepare(batch)
+        frozen = prepared.frozen[counted]
+        loss = info_nce(
+            decoder.updated(prepared, masters)[counted],
             self.offset_vector(step, domain),
             frozen[:, None] if config.negatives == "same_token" else frozen,
             config.temperature,
         )
-        prepared = decoder.prepare(retain)
-        retain_loss = cosine_retention(decoder.updated(prepared, masters)[retain_mask], prepared.frozen[retain_mask])
-        return Losses(config.forget_weight * forget_loss, config.retain_weight * retain_loss)
+        return config.forget_weight * loss
+
+    def retain_loss(self, step: int, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
+        """See :class:`falcon_unlearn.methods.base.Method`."""
+        decoder, counted = self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
+        prepared = decoder.prepare(batch)
+        loss = cosine_retention(decoder.updated(prepared, masters)[counted], prepared.frozen[counted])
+        return self.config.retain_weight * loss

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch
-from falcon_unlearn.methods.base import Losses, Setup, generator_for, masked_activations
+from falcon_unlearn.methods.base import Setup, generator_for, masked_activations
 from falcon_unlearn.objectives.representation import squared_distance
 
 
@@ -56,13 +56,19 @@ class Rmu:
         """The steering coefficient of each domain."""
         return {domain: {"steering_coefficient": c} for domain, c in self._coefficients.items()}
 
-    def losses(self, step: int, domain: str, forget: Batch, retain: Batch, masters: Mapping[str, Tensor]) -> Losses:
+    def weight(self, batch: Batch) -> int:
+        """Counted tokens."""
+        return int(batch.loss_mask(self._setup.loss_mask).sum())
+
+    def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
-        config, decoder, mask = self.config, self._setup.decoder, self._setup.loss_mask
-        forget_mask, retain_mask = forget.loss_mask(mask), retain.loss_mask(mask)
-        forget_loss = squared_distance(
-            decoder.updated(decoder.prepare(forget), masters)[forget_mask], self._targets[domain]
-        )
-        prepared = decoder.prepare(retain)
-        retain_loss = squared_distance(decoder.updated(prepared, masters)[retain_mask], prepared.frozen[retain_mask])
-        return Losses(config.forget_weight * forget_loss, config.retain_weight * retain_loss)
+        decoder, counted = self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
+        updated = decoder.updated(decoder.prepare(batch), masters)[counted]
+        return self.config.forget_weight * squared_distance(updated, self._targets[domain])
+
+    def retain_loss(self, step: int, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
+        """See :class:`falcon_unlearn.methods.base.Method`."""
+        decoder, counted = self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
+        prepared = decoder.prepare(batch)
+        loss = squared_distance(decoder.updated(prepared, masters)[counted], prepared.frozen[counted])
+        return self.config.retain_weight * loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -11,7 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from falcon_unlearn.artifacts import write_json
 from falcon_unlearn.errors import UserError
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,7 @@ class ActivationStore:
                 handle.seek(start)
                 tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(handle)
         except OSError as error:
-            raise UserError(
-                f"{self.path}: activations cannot be written ({error.strerror}): free some space"
-            ) from error
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error}): free some space") from error
         self._end = max(self._end, start + size)
         self._slots[key] = _Slot(start, size, tuple(tensor.shape), tensor.dtype)
 
@@ -100,6 +106,38 @@ class ActivationStore:
         self._slots.clear()
         self._in_memory = self._end = 0
         self.path.unlink(missing_ok=True)
+        self._index.unlink(missing_ok=True)
+
+    @property
+    def _index(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.json")
+
+    def seal(self, identity: str) -> None:
+        """Write down what the file holds, its hash and ``identity``, so that :meth:`reopen` can trust it."""
+        slots = {
+            key: [slot.start, slot.size, slot.shape, str(slot.dtype).removeprefix("torch.")]
+            for key, slot in self._slots.items()
+        }
+        write_json(self._index, {"identity": identity, "sha256": _sha256(self.path), "slots": slots})
+
+    def reopen(self, identity: str) -> bool:
+        """Take over what a sealed file holds, if it is whole, unaltered and of the same identity; tell whether it is.
+
+        Keys are strings then. What was in memory when it was sealed is not in the file.
+        """
+        try:
+            index = json.loads(self._index.read_text(encoding="utf-8"))
+            if index["identity"] != identity or index["sha256"] != _sha256(self.path):
+                return False
+            slots = {
+                key: _Slot(start, size, tuple(shape), getattr(torch, dtype))
+                for key, (start, size, shape, dtype) in index["slots"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        self._slots.update(slots)
+        self._end = self.path.stat().st_size
+        return True
 
     def _size(self, key: Hashable) -> int:
         kept = self._kept.get(key)

@@ -8,6 +8,8 @@ nothing changes, so that prefix runs once without gradients for both the frozen 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from falcon_unlearn.corpus.batching import Batch
+from falcon_unlearn.corpus.batching import Batch, Encoded, collate, length_sorted_batches
 from falcon_unlearn.errors import UserError
+from falcon_unlearn.model.activation_cache import ActivationCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -154,7 +157,9 @@ class SplitDecoder:
         assert self.layers[0] >= 0
         assert self.layers[-1] < len(stack)
         self.first, self.target = self.layers[0], self.layers[-1]
+        self._prefix = [stack[i] for i in range(self.first)]
         self._span = [stack[i] for i in range(self.first, self.target + 1)]
+        self._cache: ActivationCache | None = None
         self._scopes = {i: scope_parameters(stack[i], modules) for i in self.layers}
 
     @property
@@ -176,8 +181,53 @@ class SplitDecoder:
         }
 
     @torch.no_grad()
+    def keep(self, cache: ActivationCache, records: Sequence[Encoded], pad_id: int, batch_size: int) -> None:
+        """Fill ``cache`` with what :meth:`prepare` gives for ``records`` and read from it henceforth.
+
+        Batches are always cut the same way, so that a cache that was filled anew holds the same bits.
+        """
+        for indices in length_sorted_batches(records, batch_size):
+            chosen = [records[i] for i in indices]
+            if not cache.holds(chosen):
+                prepared = self.prepare(collate(chosen, pad_id).to(self.model.device))
+                cache.add("input", chosen, prepared.hidden)
+                cache.add("output", chosen, prepared.frozen)
+        self._cache = cache
+
+    def identity(self) -> str:
+        """Hash of all that :meth:`prepare` depends on but the tokens: weights, layers, dtype, device, versions."""
+        import transformers
+
+        facts = (self.first, self.target, str(self.model.device), torch.__version__, transformers.__version__)
+        digest = hashlib.sha256(repr((facts, self.model.config.to_json_string())).encode())
+        last = re.compile(rf"{re.escape(self.stack_name)}\.(\d+)\.")
+        for name, value in self.model.named_parameters():
+            found = last.match(name)
+            if found is None or int(found[1]) <= self.target:
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def release(self) -> None:
+        """Let go of all weights that steps on cached records do not read: the prefix, the trained tensors' originals.
+
+        The model is of no other use afterwards.
+        """
+        for layer in self._prefix:
+            layer.to("meta")
+        for index, layer in enumerate(self._span, start=self.first):
+            for name in self._scopes.get(index, ()):
+                path, _, leaf = name.rpartition(".")
+                original = layer.get_parameter(name)
+                setattr(layer.get_submodule(path), leaf, nn.Parameter(original.to("meta"), requires_grad=False))
+
+    @torch.no_grad()
     def prepare(self, batch: Batch) -> Prepared:
-        """Run the original model up to the target layer and keep what :meth:`updated` needs."""
+        """Run the original model up to the target layer and keep what :meth:`updated` needs.
+
+        Records that are cached are read; the model then only says how its layers are to be called.
+        """
+        cached = self._cache is not None and self._cache.holds(batch.records)
         calls: list[LayerCall] = []
         hidden: list[Tensor] = []
         outputs: list[Tensor] = []
@@ -196,13 +246,22 @@ class SplitDecoder:
         handles = [layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in self._span]
         handles.append(self._span[-1].register_forward_hook(stop))
         try:
-            self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            with bypassed((*self._prefix, *self._span) if cached else ()):
+                self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         except LayerReachedError:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        return Prepared(hidden[0], tuple(calls), outputs[0])
+        if not cached:
+            return Prepared(hidden[0], tuple(calls), outputs[0])
+        assert self._cache is not None
+        width, device = batch.input_ids.shape[1], batch.input_ids.device
+        return Prepared(
+            self._cache.read("input", batch.records, width, device),
+            tuple(calls),
+            self._cache.read("output", batch.records, width, device),
+        )
 
     def updated(self, prepared: Prepared, masters: Mapping[str, Tensor]) -> Tensor:
         """Output of the target layer with ``masters`` in place of the original tensors, with gradients.

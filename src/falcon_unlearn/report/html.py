@@ -304,8 +304,8 @@ def _steps(path: Path) -> list[StepRecord] | None:
     rows = _read_lines(path)
     if rows is None:
         return None
-    names = [field.name for field in dataclasses.fields(StepRecord) if field.name != "step"]
-    return [StepRecord(row.get("step", i), **{n: _float(row.get(n)) for n in names}) for i, row in enumerate(rows)]
+    names = [field.name for field in dataclasses.fields(StepRecord) if field.name not in {"step", "micro_batches"}]
+    return [StepRecord(row.get("step", i), *[_float(row.get(n)) for n in names]) for i, row in enumerate(rows)]
 
 
 # ---------------------------------------------------------------------------------------------------- sections

@@ -1,0 +1,133 @@
+import copy
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, build_model, random_records, shared_model
+
+from falcon_unlearn.corpus.batching import Encoded, collate
+from falcon_unlearn.model.activation_cache import ActivationCache, record_key
+from falcon_unlearn.model.activation_store import ActivationStore
+from falcon_unlearn.model.decoder import SplitDecoder
+
+RECORDS = random_records(5, (9, 17, 13, 6, 11, 17))
+LAYERS = (2, 3)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+def kept(model, tmp_path, records=RECORDS, budget=float("inf"), modules="mlp"):
+    decoder = SplitDecoder(model, LAYERS, modules)
+    decoder.keep(ActivationCache(ActivationStore(tmp_path / "activations", budget)), records, pad_id=0, batch_size=4)
+    return decoder
+
+
+def moved(masters):
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: (value.detach() + 0.05 * torch.randn(value.shape, generator=generator)).requires_grad_()
+        for name, value in masters.items()
+    }
+
+
+def step(decoder, masters, batch):
+    prepared = decoder.prepare(batch)
+    on = batch.content_mask
+    loss = (decoder.updated(prepared, masters)[on] - 0.5 * prepared.frozen[on]).square().sum()
+    return torch.autograd.grad(loss, list(masters.values()))
+
+
+def test_cached_gradients_are_those_of_the_whole_way(architecture, tmp_path):
+    """In a batch padded otherwise than the cache's, rounding differs; nothing else does."""
+    model = shared_model(architecture)
+    plain, cached = SplitDecoder(model, LAYERS, "mlp"), kept(model, tmp_path)
+    masters = moved(plain.masters())
+    batch = collate([RECORDS[i] for i in (3, 1, 4)], pad_id=5)
+    for got, expected in zip(step(cached, masters, batch), step(plain, masters, batch), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_batch_as_the_cache_was_filled_gives_the_same_bits(architecture, tmp_path):
+    model = shared_model(architecture)
+    records = random_records(6, (12, 12, 12))
+    plain, cached = SplitDecoder(model, LAYERS, "all"), kept(model, tmp_path, records, modules="all")
+    masters = moved(plain.masters())
+    batch = collate(records, pad_id=0)
+    assert all(map(torch.equal, step(cached, masters, batch), step(plain, masters, batch)))
+
+
+@pytest.mark.parametrize("budget", [0, 3000])
+def test_on_disk_it_holds_the_same_bits_as_in_memory(tmp_path, budget):
+    model = shared_model("llama")
+    batch = collate(RECORDS[:4], pad_id=0)
+    in_memory, on_disk = kept(model, tmp_path / "a"), kept(model, tmp_path / "b", budget=budget)
+    assert (tmp_path / "b" / "activations").exists()
+    masters = moved(in_memory.masters())
+    assert all(map(torch.equal, step(on_disk, masters, batch), step(in_memory, masters, batch)))
+
+
+def test_the_frozen_layers_do_not_run_again(tmp_path):
+    model = build_model("llama")
+    decoder = kept(model, tmp_path)
+    masters, ran = moved(decoder.masters()), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, a, out: ran.append(m))
+    batch = collate(RECORDS[:2], pad_id=0)
+    decoder.prepare(batch)
+    assert ran == []
+    step(decoder, masters, batch)
+    inside = {id(m) for layer in model.model.layers[2:4] for m in layer.modules()}
+    assert ran
+    assert {id(m) for m in ran} <= inside
+
+
+def test_records_that_are_not_cached_are_computed(tmp_path):
+    model = shared_model("llama")
+    decoder, plain = kept(model, tmp_path, RECORDS[:3]), SplitDecoder(model, LAYERS, "mlp")
+    batch = collate([RECORDS[0], RECORDS[5]], pad_id=0)
+    assert torch.equal(decoder.prepare(batch).frozen, plain.prepare(batch).frozen)
+
+
+def test_a_record_is_known_by_its_tokens_alone():
+    record = RECORDS[0]
+    assert record_key(record) == record_key(Encoded(record.ids, 1, 1))
+    changed = [Encoded((*record.ids[:i], record.ids[i] + 1, *record.ids[i + 1 :]), 3) for i in range(len(record))]
+    others = [*changed, Encoded(record.ids[:-1], 3), Encoded((*record.ids, 0), 3)]
+    assert len({record_key(r) for r in [record, *others]}) == len(others) + 1
+
+
+def test_a_released_model_still_trains_to_the_same_bits(architecture, tmp_path):
+    model = build_model(architecture)
+    decoder, whole = kept(copy.deepcopy(model), tmp_path / "a"), kept(model, tmp_path / "b")
+    masters = moved(decoder.masters())
+    decoder.release()
+    on_meta = {name for name, p in decoder.model.named_parameters() if p.is_meta}
+    assert set(decoder.parameter_names) <= on_meta
+    assert {name for name, _ in decoder.model.named_parameters() if f"{decoder.stack_name}.1." in name} <= on_meta
+    batch = collate([RECORDS[i] for i in (2, 0)], pad_id=0)
+    assert all(map(torch.equal, step(decoder, masters, batch), step(whole, masters, batch)))
+
+
+class TestIdentity:
+    def test_depends_on_the_weights_below_and_in_the_target_only(self):
+        model = build_model("llama")
+        before = SplitDecoder(model, (1,), "mlp").identity()
+        assert SplitDecoder(build_model("llama"), (1,), "mlp").identity() == before
+        with torch.no_grad():
+            model.model.layers[2].mlp.up_proj.weight[0, 0] += 1
+        assert SplitDecoder(model, (1,), "mlp").identity() == before
+        for layer in (0, 1):
+            with torch.no_grad():
+                model.model.layers[layer].self_attn.q_proj.weight[3, 2] += 1
+            after = SplitDecoder(model, (1,), "mlp").identity()
+            assert after != before
+            before = after
+
+    def test_depends_on_the_layers_and_the_dtype(self):
+        model = shared_model("llama")
+        found = {SplitDecoder(model, layers, "mlp").identity() for layers in ((1,), (2,), (1, 2))}
+        found.add(SplitDecoder(build_model("llama").bfloat16(), (1,), "mlp").identity())
+        assert len(found) == 4
