@@ -35,6 +35,7 @@ LAYERS = (
     ("presets",),
     ("recipe",),
     ("stages",),
+    ("estimate",),
     ("run_folder",),
     ("pipeline",),
     ("embedded", "api", "doctor"),

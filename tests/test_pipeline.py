@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -657,3 +658,105 @@ def test_the_rank_of_the_offset_vector_is_recorded(finished):
     found = json.loads((finished.folder / "provenance.json").read_text())["method_diagnostics"]["forget"]
     assert found["rank"] >= 1
     assert 0.9 <= found["variance_share"] < 1
+
+
+# what does not fit
+
+
+def lean(recipe_for, tmp_path, name, **changes):
+    """Layers given and nothing scored: the whole model is never loaded."""
+    return recipe_for({
+        "output": str(tmp_path / name), "selection": {"layers": [1]}, "evaluation": {"enabled": False}, **changes
+    })  # fmt: skip
+
+
+def test_without_scoring_only_the_first_layers_are_needed(recipe_for, tiny, tmp_path):
+    from safetensors.torch import save_file
+
+    model = tmp_path / "sharded"
+    shutil.copytree(tiny.model, model)
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    upper = {name for name in tensors if ".layers.2." in name}
+    save_file({n: t for n, t in tensors.items() if n not in upper}, model / "a.safetensors", {"format": "pt"})
+    shards = {name: "gone.safetensors" if name in upper else "a.safetensors" for name in tensors}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    run = unlearn(lean(recipe_for, tmp_path, "lean", model=str(model)))
+    assert run.metrics == {"before": None, "after": None, "oracle": None}
+    assert not (run.folder / "scores").exists()
+    whole = unlearn(recipe_for({"output": str(tmp_path / "whole"), "selection": {"layers": [1]}}))
+    got, expected = (load_file(r.folder / "patch" / "patch.safetensors") for r in (run, whole))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert "Nothing was scored" in (run.folder / "report.html").read_text()
+    again = unlearn(lean(recipe_for, tmp_path, "lean", model=str(model)), resume=True)
+    assert again.metrics == run.metrics
+    with pytest.raises(UserError, match=r"names 'gone\.safetensors', which is not in"):
+        unlearn(recipe_for({"output": str(tmp_path / "scored"), "model": str(model)}))
+
+
+def test_a_cache_on_disk_gives_the_weights_of_one_in_memory(recipe_for, tmp_path):
+    runs = [
+        unlearn(lean(recipe_for, tmp_path, name, training={"steps": 12, "cache": "on", "cache_gb": budget}))
+        for name, budget in (("memory", 1), ("disk", 0))
+    ]
+    patches = [(run.folder / "patch" / "patch.safetensors").read_bytes() for run in runs]
+    assert patches[0] == patches[1]
+    assert not (runs[1].folder / "activations").exists()
+
+
+@pytest.mark.parametrize("damage", ["none", "truncated", "altered", "unsealed"])
+def test_a_resumed_run_uses_a_cache_file_only_if_it_is_whole(recipe_for, tmp_path, monkeypatch, capsys, damage):
+    recipe = lean(recipe_for, tmp_path, "run", training={"steps": 12, "cache": "on", "cache_gb": 0})
+    expected = unlearn(lean(recipe_for, tmp_path, "whole", training={"steps": 12, "cache": "on", "cache_gb": 0}))
+    forget_loss = stages.METHODS["falcon"].build.forget_loss
+
+    def stopping(self, step, *rest, **more):
+        if step == 7:
+            raise KeyboardInterrupt
+        return forget_loss(self, step, *rest, **more)
+
+    monkeypatch.setattr(stages.METHODS["falcon"].build, "forget_loss", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(recipe)
+    monkeypatch.undo()
+    cache = tmp_path / "run" / "activations"
+    data = cache.read_bytes()
+    if damage == "truncated":
+        cache.write_bytes(data[:-1])
+    elif damage == "altered":
+        cache.write_bytes(data[:40] + bytes([data[40] ^ 255]) + data[41:])
+    elif damage == "unsealed":
+        (tmp_path / "run" / "activations.json").unlink()
+    run = unlearn(recipe, resume=True, quiet=False)
+    assert ("computed again" in capsys.readouterr().err) == (damage != "none")
+    names = [folder / "patch" / "patch.safetensors" for folder in (run.folder, expected.folder)]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_the_cache_changes_nothing_but_rounding(recipe_for, tmp_path):
+    found = [
+        load_file(unlearn(lean(recipe_for, tmp_path, cache, training={"steps": 12, "cache": cache})).folder
+                  / "patch" / "patch.safetensors")
+        for cache in ("on", "off")
+    ]  # fmt: skip
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=0.05, atol=5e-3)
+
+
+def test_streamed_selection_chooses_as_the_resident_one(recipe_for, tmp_path):
+    chosen = [
+        select_layers(recipe_for({
+            "output": str(tmp_path / name),
+            "selection": {"selector": "mutual_information", "streaming": streaming, "streaming_gb": 0},
+            "evaluation": {"enabled": False},
+        }))
+        for name, streaming in (("resident", "off"), ("streamed", "on"))
+    ]  # fmt: skip
+    assert chosen[0] == chosen[1]
+    assert not (tmp_path / "streamed" / "activations").exists()
+
+
+def test_streaming_and_the_sweep_exclude_each_other(recipe_for):
+    with pytest.raises(UserError, match=r"selection\.streaming is on, but the sweep trains and scores the whole model"):
+        unlearn(recipe_for({"selection": {"layers": "auto", "streaming": "on"}}))

@@ -105,6 +105,8 @@ def _shown(value: float | None) -> str:
 def metrics_table(metrics: Mapping[str, Metrics | None]) -> str:
     """The short table: one row a metric, one column a model; a dash where there is no number."""
     columns = [name for name in ("before", "after", "oracle") if metrics.get(name) is not None]
+    if not columns:
+        return "nothing was scored (evaluation.enabled is false)"
     lines = [f"{'':24}" + "".join(f"{name:>10}" for name in columns)]
     for label, key in _ROWS:
         values = [getattr(metrics[name], key) for name in columns]

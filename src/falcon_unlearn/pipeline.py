@@ -30,30 +30,37 @@ from falcon_unlearn.model.decoder import renamed_to, replaced
 from falcon_unlearn.model.disk_names import TORCH_DTYPES, to_disk
 from falcon_unlearn.model.loading import (
     ModelSource,
+    fetch_weights,
     load_causal_lm,
     load_config,
     load_first_layers,
     load_tokenizer,
+    number_of_layers,
     quiet_transformers,
     resolve_model,
     text_config,
 )
 from falcon_unlearn.model.patch import Patch, read_patch, write_patch
-from falcon_unlearn.model.shards import fingerprint, tensor_spans
+from falcon_unlearn.model.shards import fingerprint, tensor_files, tensor_spans
+from falcon_unlearn.model.skeleton import files_of_first_layers
 from falcon_unlearn.recipe import Recipe
 from falcon_unlearn.report.html import write_report
 from falcon_unlearn.run_folder import WORKING_FILES, RunFolder, open_run_folder, start_run
 from falcon_unlearn.stages import (
     CachePlan,
     EncodedCorpus,
+    Means,
     as_stored,
     check_layers,
     describe_training,
     encode_corpus,
     evaluation_sets,
+    free_memory,
     given_layers,
+    resident_means,
     score_model,
     select_layers,
+    streamed_means,
     unlearn_layers,
 )
 
@@ -94,7 +101,7 @@ class _Inputs:
     encoded: EncodedCorpus
     sets: Mapping[str, Sequence[Record]]
     oracle: ModelSource | None
-    on_disk: Mapping[str, Any]
+    on_disk: Mapping[str, Any]  # tensors in use, or all: name on disk -> span
     console: Console
     seconds: dict[str, float] = field(default_factory=dict)
     diagnostics: dict[str, Any] = field(default_factory=dict)
@@ -103,7 +110,7 @@ class _Inputs:
     def hashes(self) -> dict[str, str]:
         """What a resumed run must still find as it was."""
         return {
-            "model": fingerprint(self.source.folder),
+            "model": fingerprint(self.source.folder, self.on_disk),
             **({} if self.oracle is None else {"evaluation.oracle": fingerprint(self.oracle.folder)}),
             **{f"corpus.{name}": digest for name, digest in self.corpus.hashes.items()},
             **{f"evaluation.{name}": content_hash(records) for name, records in self.sets.items()},
@@ -137,9 +144,10 @@ def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
         device=recipe.device,
         dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code,
+        weights=False,
     )
     oracle = None
-    if recipe.evaluation.oracle is not None:
+    if recipe.evaluation.enabled and recipe.evaluation.oracle is not None:
         oracle = resolve_model(
             recipe.evaluation.oracle,
             base_dir,
@@ -149,15 +157,27 @@ def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
             key="evaluation.oracle",
         )
     config = load_config(source)
-    on_disk = tensor_spans(source.folder)
+    on_disk = tensor_spans(source.folder, _tensors_in_use(recipe, source))
     check_layers(recipe, config, {name: span.shape for name, span in on_disk.items()})
     encoder = Encoder(
         load_tokenizer(source), template=recipe.corpus.template, plain_template=recipe.corpus.plain_template
     )
     with quiet_transformers():  # long records are our message to give
         encoded = encode_corpus(recipe, corpus, encoder, config)
-    sets = evaluation_sets(recipe, corpus, base_dir)
+    sets = evaluation_sets(recipe, corpus, base_dir) if recipe.evaluation.enabled else {}
     return _Inputs(recipe, source, config, encoder, corpus, encoded, sets, oracle, on_disk, console)
+
+
+def _tensors_in_use(recipe: Recipe, source: ModelSource) -> set[str] | None:
+    """Names of the tensors that this recipe needs of the checkpoint, None for all; of a hub id they are fetched."""
+    layers = recipe.selection.layers
+    if recipe.evaluation.enabled or layers == "auto":
+        fetch_weights(source)
+        return None
+    count = min(max(layers) + 1, number_of_layers(load_config(source)))  # too high is a mistake named later
+    fetch_weights(source, count)
+    files = files_of_first_layers(source, count)
+    return {name for name, file in tensor_files(source.folder).items() if file in files}
 
 
 def _corpus_facts(inputs: _Inputs) -> dict[str, Any]:
@@ -303,15 +323,47 @@ def _select(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedMo
         with inputs.timed("layer_selection"):
             selection = given_layers(inputs.recipe)
             if selection is None:
-                selection = select_layers(inputs.recipe, model(), inputs.encoded, inputs.console)
+                selection = select_layers(
+                    inputs.recipe,
+                    inputs.encoded,
+                    inputs.console,
+                    total=number_of_layers(inputs.config),
+                    model=model,
+                    means=lambda: _means(inputs, folder, model),
+                )
         folder.write_selection(selection)
     inputs.console.say(f"layers {', '.join(map(str, selection.layers))} ({selection.selector})")
     return selection
 
 
+def _means(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedModel]) -> Means:
+    """The way to mean activations: streamed where the recipe says so or the model does not fit into free memory."""
+    settings, batch_size = inputs.recipe.selection, inputs.recipe.evaluation.batch_size
+    streaming = settings.streaming == "on"
+    if settings.streaming == "auto" and settings.selector != "sweep":  # the sweep needs the whole model anyway
+        streaming = _size_in_memory(inputs) > _room(inputs.source.device)
+    if not streaming:
+        return resident_means(model(), inputs.encoded, batch_size)
+    budget = free_memory() / 4 if settings.streaming_gb is None else settings.streaming_gb * 2**30
+    inputs.console.say("activations: one layer of the model in memory at a time")
+    return streamed_means(inputs.source, inputs.encoded, batch_size, folder / "activations", budget)
+
+
+def _size_in_memory(inputs: _Inputs) -> int:
+    spans = inputs.on_disk.values()
+    width = inputs.source.dtype.itemsize if inputs.source.dtype is not None else None
+    return sum(math.prod(span.shape) * width if width else span.size for span in spans)
+
+
+def _room(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_memory()
+
+
 def _before_and_selection(
     inputs: _Inputs, folder: RunFolder
-) -> tuple[Mapping[str, Sequence[SampleScore]], LayerSelection]:
+) -> tuple[Mapping[str, Sequence[SampleScore]] | None, LayerSelection]:
     """Both look at the original model, which is loaded at most once and let go afterwards."""
     loaded: list[PreTrainedModel] = []
 
@@ -320,19 +372,24 @@ def _before_and_selection(
             loaded.append(load_causal_lm(inputs.source))
         return loaded[0]
 
-    before = folder.read_scores("before") or _score(inputs, folder, "before", model())
+    before = None
+    if inputs.recipe.evaluation.enabled:
+        before = folder.read_scores("before") or _score(inputs, folder, "before", model())
     return before, _select(inputs, folder, model)
 
 
 def _after(
     inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool
-) -> tuple[Mapping[str, Sequence[SampleScore]], Patch]:
+) -> tuple[Mapping[str, Sequence[SampleScore]] | None, Patch]:
+    scored = inputs.recipe.evaluation.enabled
     after = folder.read_scores("after")
-    if after is not None and (folder / "patch").exists():
+    if (after is not None or not scored) and (folder / "patch").exists():
         return after, read_patch(folder / "patch")
     with inputs.timed("training"):
         trained = _train(inputs, folder, selection, resume=resume)
     gc.collect()
+    if not scored:
+        return None, trained.patch
     model = load_causal_lm(inputs.source)
     with replaced(model, renamed_to(model, trained.stack, trained.tensors)):
         return _score(inputs, folder, "after", model), trained.patch
@@ -382,9 +439,8 @@ def _run_stages(recipe: Recipe, console: Console, *, resume: bool, overwrite: bo
         raise Interrupted(f"stopped; finished stages are in {folder.path}") from stop
     oracle_forget = oracle[FORGET_SET] if oracle is not None else None
     metrics = {
-        "before": compute_metrics(before, oracle_forget),
-        "after": compute_metrics(after, oracle_forget),
-        "oracle": compute_metrics(oracle, oracle_forget) if oracle is not None else None,
+        name: compute_metrics(scores, oracle_forget) if scores is not None else None
+        for name, scores in (("before", before), ("after", after), ("oracle", oracle))
     }
     if inputs.seconds or not finished:
         folder.write_metrics(metrics)

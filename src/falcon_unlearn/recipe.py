@@ -35,6 +35,10 @@ class SelectionConfig(Section):
     """Layers to choose from; empty: at most max_candidates, evenly spaced."""
     max_candidates: int = Field(8, ge=1)
     """Where candidates is empty."""
+    streaming: Literal["auto", "on", "off"] = "auto"
+    """mutual_information: hold one layer in memory at a time; auto: where the model is larger than the free memory."""
+    streaming_gb: float | None = Field(None, ge=0)
+    """streaming: memory for hidden states, beyond which they lie on disk; empty: a quarter of the free memory."""
     show_mutual_information: bool = True
     """Estimate mutual information and its nulls too when the sweep chooses."""
     sweep: SweepConfig = SweepConfig()
@@ -53,6 +57,8 @@ class SelectionConfig(Section):
 class EvaluationConfig(Section):
     """What the models before and after (and the oracle) are scored on."""
 
+    enabled: bool = True
+    """false: nothing is scored, so that the whole model is never loaded; given layers then need only those below."""
     forget: SourceConfig | None = None
     """Forget questions; empty: the forget corpus itself."""
     retain: SourceConfig | None = None
@@ -105,6 +111,15 @@ class Recipe(Section):
     """CPU threads of the computation; empty: torch's own choice. Results repeat exactly only at the same number."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    @model_validator(mode="after")
+    def _streaming_selector(self) -> Recipe:
+        if self.selection.streaming == "on" and self.selection.layers == "auto" and self.selection.selector == "sweep":
+            raise ValueError(
+                "selection.streaming is on, but the sweep trains and scores the whole model: "
+                "use selector mutual_information, or name the layers"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -56,7 +56,10 @@ class RunFolder:
 
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether every stage of exactly this recipe has left its result."""
-        results = _RESULTS if recipe.evaluation.oracle is None else (*_RESULTS, _ORACLE_SCORES)
+        config = recipe.evaluation
+        results = (*_RESULTS, *((_ORACLE_SCORES,) if config.oracle is not None else ()))
+        if not config.enabled:
+            results = tuple(name for name in results if not name.startswith("scores/"))
         return all((self.path / name).exists() for name in results) and dump_recipe(recipe) == (
             self.path / "recipe.yaml"
         ).read_text(encoding="utf-8")

@@ -35,8 +35,15 @@ from falcon_unlearn.methods import METHODS, Method, Setup
 from falcon_unlearn.model.activation_cache import ActivationCache
 from falcon_unlearn.model.activation_store import ActivationStore
 from falcon_unlearn.model.decoder import SplitDecoder, find_layers, replaced, scope_parameters
-from falcon_unlearn.model.loading import context_length, number_of_layers, quiet_transformers
-from falcon_unlearn.selection.activations import layer_means
+from falcon_unlearn.model.loading import (
+    ModelSource,
+    context_length,
+    number_of_layers,
+    quiet_transformers,
+    resolve_device,
+)
+from falcon_unlearn.model.skeleton import open_skeleton
+from falcon_unlearn.selection.activations import layer_means, streamed_layer_means
 from falcon_unlearn.selection.mutual_information import EstimationError, curve, statements
 from falcon_unlearn.selection.sweep import TrialOutcome, spaced_candidates, split_validation, sweep
 
@@ -210,26 +217,77 @@ def given_layers(recipe: Recipe) -> LayerSelection | None:
     return LayerSelection("given", layers, layers[-1], "given in the recipe")
 
 
-def select_layers(recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus, console: Console) -> LayerSelection:
+Means = Callable[[Sequence[Encoded], Sequence[int]], list[Tensor]]
+"""Records and layers -> one tensor of mean activations ``(records, hidden)`` a layer."""
+
+
+def resident_means(model: PreTrainedModel, encoded: EncodedCorpus, batch_size: int) -> Means:
+    """Mean activations by a model that is in memory."""
+
+    def means(records: Sequence[Encoded], layers: Sequence[int]) -> list[Tensor]:
+        return layer_means(model, records, layers, mask=encoded.loss_mask, pad_id=encoded.pad_id, batch_size=batch_size)
+
+    return means
+
+
+def streamed_means(source: ModelSource, encoded: EncodedCorpus, batch_size: int, spill: Path, budget: float) -> Means:
+    """Mean activations with one layer of the model in memory at a time.
+
+    Args:
+        source: the model.
+        encoded: says which tokens count.
+        batch_size: records per forward pass.
+        spill: file for hidden states beyond the budget; it is removed.
+        budget: bytes of memory for hidden states.
+    """
+
+    def means(records: Sequence[Encoded], layers: Sequence[int]) -> list[Tensor]:
+        store = ActivationStore(spill, budget)
+        try:
+            return streamed_layer_means(
+                open_skeleton(source),
+                records,
+                layers,
+                mask=encoded.loss_mask,
+                pad_id=encoded.pad_id,
+                batch_size=batch_size,
+                store=store,
+            )
+        finally:
+            store.close()
+
+    return means
+
+
+def select_layers(
+    recipe: Recipe,
+    encoded: EncodedCorpus,
+    console: Console,
+    *,
+    total: int,
+    model: Callable[[], PreTrainedModel],
+    means: Callable[[], Means],
+) -> LayerSelection:
     """Choose the layers to train, with the recipe's selector.
 
     Args:
         recipe: validated, its layers checked with :func:`check_layers`.
-        model: the whole model (trials are scored with it); it is left as it was.
         encoded: the corpus.
         console: progress.
+        total: number of the model's layers.
+        model: gives the whole model (trials are scored with it), which is left as it was; the sweep alone asks for it.
+        means: gives the way to mean activations; mutual information alone asks for it.
 
     Raises:
         EstimationError: mutual information was asked to choose and cannot be estimated.
     """
     settings = recipe.selection
-    total = number_of_layers(model.config)
     candidates = _candidates(recipe, total)
     notes: list[str] = []
     information: MutualInformationCurve | None = None
     if settings.selector == "mutual_information" or settings.show_mutual_information:
         try:
-            information = _information(recipe, model, encoded, candidates)
+            information = _information(recipe, means(), encoded, candidates)
             notes += statements(information)
         except EstimationError as error:
             if settings.selector == "mutual_information":
@@ -238,7 +296,7 @@ def select_layers(recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus
     scores: tuple[LayerScore, ...]
     if settings.selector == "sweep":
         criterion = "kept retain minus left forget probability on validation records, after a short trial (1 is best)"
-        target, scores = _sweep(recipe, model, encoded, candidates, console)
+        target, scores = _sweep(recipe, model(), encoded, candidates, console)
     else:
         assert information is not None
         criterion = "least mutual information of forget and retain activations, in nats (published estimator)"
@@ -249,29 +307,29 @@ def select_layers(recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus
 
 
 def _information(
-    recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus, candidates: Sequence[int]
+    recipe: Recipe, means: Means, encoded: EncodedCorpus, candidates: Sequence[int]
 ) -> MutualInformationCurve:
     config = recipe.selection.mutual_information
 
-    def activations(records: Sequence[Encoded], limit: int) -> list[Tensor]:
+    def drawn(records: Sequence[Encoded], limit: int) -> list[Encoded]:
         chosen = random.Random(f"activations {recipe.seed}").sample(range(len(records)), min(limit, len(records)))
-        return layer_means(
-            model,
-            [records[i] for i in sorted(chosen)],
-            candidates,
-            mask=encoded.loss_mask,
-            pad_id=encoded.pad_id,
-            batch_size=recipe.evaluation.batch_size,
-        )
+        return [records[i] for i in sorted(chosen)]
 
     # The nulls need as many retain rows again for every forget domain.
     retain = [item for records in encoded.retain.values() for item in records]
+    parts = [drawn(records, config.max_samples) for records in encoded.forget.values()]
+    parts.append(drawn(retain, config.max_samples * (len(encoded.forget) + 1)))
+    # All in one go: streaming reads each layer once.
+    found = means([record for part in parts for record in part], candidates)
+    split = [torch.split(layer, [len(part) for part in parts]) for layer in found]
+    *forget, kept = ([layer[i] for layer in split] for i in range(len(parts)))
     return curve(
         candidates,
-        {domain: activations(records, config.max_samples) for domain, records in encoded.forget.items()},
-        activations(retain, config.max_samples * (len(encoded.forget) + 1)),
+        dict(zip(encoded.forget, forget, strict=True)),
+        kept,
         config,
         recipe.seed,
+        device=resolve_device(recipe.device),
     )
 
 
@@ -333,7 +391,7 @@ class CachePlan:
     say: Callable[[str], None]
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes of free memory; 8 GiB where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -347,7 +405,7 @@ def _keep_activations(training: TrainingConfig, decoder: SplitDecoder, data: Tra
     records = data.repeated(training.steps, training.batch_size) if training.cache == "auto" else everything
     if training.cache == "off" or not records:
         return False
-    budget = _free_memory() / 4 if training.cache_gb is None else training.cache_gb * 2**30
+    budget = free_memory() / 4 if training.cache_gb is None else training.cache_gb * 2**30
     store = ActivationStore(plan.path, budget)
     if plan.resume and plan.path.exists() and not store.reopen(decoder.identity()):
         plan.say(f"{plan.path} is damaged, unfinished or of other weights: activations are computed again")

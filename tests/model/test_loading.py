@@ -1,5 +1,9 @@
+import http.server
 import json
 import shutil
+import threading
+from collections import defaultdict
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from falcon_unlearn.model.loading import (
     ModelSource,
     checkpoint_folder,
     context_length,
+    fetch_weights,
     load_causal_lm,
     load_config,
     load_first_layers,
@@ -22,8 +27,10 @@ from falcon_unlearn.model.loading import (
     resolve_device,
     resolve_model,
 )
+from falcon_unlearn.model.skeleton import open_skeleton
 
 COUNT = 3
+HUB_ID, COMMIT = "owner/llama", "5" * 40
 
 
 def source_of(folder, dtype=torch.float32):
@@ -140,21 +147,23 @@ class TestResolve:
             checkpoint_folder("model/config.json", tmp_path, "model")
 
     def test_hub_id_is_fetched_without_code(self, llama_folder, tmp_path, monkeypatch):
-        asked = {}
+        asked = defaultdict(list)
 
-        def fetch(name, allow_patterns):
-            asked[name] = allow_patterns
+        def fetch(name, revision, allow_patterns):
+            asked[name].append((revision, allow_patterns))
             return str(llama_folder)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
         assert checkpoint_folder("owner/name", tmp_path, "model") == llama_folder
-        assert "*.safetensors" in asked["owner/name"]
-        assert not any(pattern.endswith((".py", ".bin")) for pattern in asked["owner/name"])
+        (first, patterns), weights = asked["owner/name"]
+        assert first is None
+        assert weights == (llama_folder.name, ["model.safetensors"])
+        assert not any(pattern.endswith((".py", ".bin", ".safetensors")) for pattern in patterns)
         checkpoint_folder("owner/coded", tmp_path, "model", trust_remote_code=True)
-        assert "*.py" in asked["owner/coded"]
+        assert "*.py" in asked["owner/coded"][0][1]
 
     def test_hub_failure_is_one_line(self, tmp_path, monkeypatch):
-        def fail(name, allow_patterns):
+        def fail(name, revision, allow_patterns):
             raise OSError("no route to host\nand a long story")
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
@@ -173,6 +182,158 @@ class TestResolve:
         for device in ("gpu", "cuda:99"):
             with pytest.raises(UserError, match=f"^device '{device}' cannot be used .*set device to auto or cpu"):
                 resolve_device(device)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of a model hub as huggingface_hub needs: the revision, its list of files, the files."""
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, *, body):
+        hub = self.server
+        path = unquote(self.path.partition("?")[0])
+        if path == f"/api/models/{HUB_ID}/revision/main":
+            data = json.dumps({"id": HUB_ID, "sha": COMMIT, "siblings": []}).encode()
+        elif path == f"/api/models/{HUB_ID}/tree/{COMMIT}":
+            files = [(file.name, file.stat().st_size) for file in sorted(hub.folder.iterdir())]
+            data = json.dumps([{"type": "file", "path": n, "size": s, "oid": n} for n, s in files]).encode()
+        elif path.startswith(f"/{HUB_ID}/resolve/{COMMIT}/"):
+            name = path.rpartition("/")[2]
+            data = (hub.folder / name).read_bytes()
+            if body:
+                hub.fetched.append(name)
+                if name in hub.truncated:
+                    data = data[:-10]
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{path.rpartition("/")[2]}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one llama of five layers in many shards; ``fetched`` lists what was downloaded."""
+    from huggingface_hub import constants
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.fetched, server.truncated = tmp_path / "served", [], set()
+    build_model("llama").save_pretrained(server.folder, max_shard_size="12KB")
+    (server.folder / "consolidated.safetensors").write_bytes(b"the same again")
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+class TestHub:
+    def source(self, tmp_path, **options):
+        return resolve_model(HUB_ID, tmp_path, device="cpu", **options)
+
+    def files_of(self, hub, *layers, head=False):
+        index = json.loads((hub.folder / "model.safetensors.index.json").read_text())["weight_map"]
+        return {
+            file
+            for name, file in index.items()
+            if (int(name.split(".")[2]) in layers if ".layers." in name else head or name != "lm_head.weight")
+        }
+
+    def weights(self, hub):
+        return {name for name in hub.fetched if name.endswith(".safetensors")}
+
+    def test_everything_by_default_once(self, hub, tmp_path):
+        source = self.source(tmp_path)
+        assert source.revision == COMMIT
+        assert self.weights(hub) == self.files_of(hub, *range(5), head=True)  # no file that the index does not name
+        assert checkpoint_folder(HUB_ID, tmp_path, "model") == source.folder
+        assert len(hub.fetched) == len(set(hub.fetched))
+        assert load_causal_lm(source) is not None
+
+    def test_weights_are_fetched_by_what_is_used(self, hub, tmp_path):
+        source = self.source(tmp_path, weights=False)
+        assert {"config.json", "model.safetensors.index.json"} <= set(hub.fetched)
+        assert self.weights(hub) == set()
+        assert load_config(source).num_hidden_layers == 5
+        fetch_weights(source, 2)
+        first = self.weights(hub)
+        assert first == self.files_of(hub, 0, 1)
+        model = load_first_layers(source, 2)
+        assert torch.equal(model.embed_tokens.weight, build_model("llama").model.embed_tokens.weight)
+        assert self.weights(hub) == first
+        load_first_layers(source, 3)  # what is not there yet is fetched by who needs it
+        assert self.weights(hub) == self.files_of(hub, 0, 1, 2)
+        open_skeleton(source).load(4)
+        assert self.weights(hub) == self.files_of(hub, 0, 1, 2, 4)
+        fetch_weights(source)
+        assert self.weights(hub) == self.files_of(hub, *range(5), head=True)
+        assert len(hub.fetched) == len(set(hub.fetched))
+
+    def test_loading_a_part_fetches_that_part(self, hub, tmp_path):
+        load_first_layers(self.source(tmp_path, weights=False), 1)
+        assert self.weights(hub) == self.files_of(hub, 0)
+
+    def test_the_whole_model_is_fetched_to_be_loaded(self, hub, tmp_path):
+        load_causal_lm(self.source(tmp_path, weights=False))
+        assert self.weights(hub) == self.files_of(hub, *range(5), head=True)
+
+    def test_one_file(self, hub, tmp_path):
+        shutil.rmtree(hub.folder)
+        build_model("llama").save_pretrained(hub.folder)
+        source = self.source(tmp_path, weights=False)
+        assert self.weights(hub) == set()
+        load_first_layers(source, 1)
+        assert self.weights(hub) == {"model.safetensors"}
+
+    def test_no_safetensors_on_the_hub(self, hub, tmp_path):
+        shutil.rmtree(hub.folder)
+        hub.folder.mkdir()
+        build_model("llama").config.save_pretrained(hub.folder)
+        source = self.source(tmp_path)
+        for load in (load_causal_lm, lambda source: load_first_layers(source, 1)):
+            with pytest.raises(UserError, match=r"no \.safetensors|neither model\.safetensors nor"):
+                load(source)
+
+    def test_a_truncated_download_is_one_line(self, hub, tmp_path):
+        source = self.source(tmp_path, weights=False)
+        hub.truncated |= self.files_of(hub, 1) - self.files_of(hub, 0)
+        fetch_weights(source, 1)
+        with pytest.raises(UserError, match=r"^model: 'owner/llama' .*could not be fetched .*should be of") as caught:
+            load_first_layers(source, 2)
+        assert "\n" not in str(caught.value)
+        hub.truncated.clear()
+        assert load_first_layers(source, 2) is not None
+
+    def test_an_unknown_id_is_one_line(self, hub, tmp_path):
+        with pytest.raises(UserError, match=r"^model: 'owner/other' is no local folder and could not be fetched") as e:
+            resolve_model("owner/other", tmp_path, device="cpu")
+        assert "\n" not in str(e.value)
+
+    def test_a_local_folder_is_left_as_it_is(self, hub, llama_folder, tmp_path):
+        source = resolve_model(str(llama_folder), tmp_path, device="cpu", weights=False)
+        assert source.revision is None
+        fetch_weights(source)
+        fetch_weights(source, 2)
+        assert hub.fetched == []
 
 
 class TestUnusable:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from falcon_unlearn.errors import UserError
+from falcon_unlearn.objectives import offset_vectors
 from falcon_unlearn.objectives.offset_vectors import (
     paper_vector,
     principal_subspace,
@@ -86,6 +87,56 @@ class TestPrincipalSubspace:
     def test_unusable_activations_are_refused(self, bad):
         with pytest.raises(UserError, match="zero or not finite"):
             principal_subspace(bad, rank=1, variance=0.5)
+
+
+def wide(rows, hidden, seed=0):
+    """A large matrix of rank 60, singular values falling as 0.8^k, and its right singular vectors as rows."""
+    left, right = (
+        torch.linalg.qr(torch.randn(n, 60, generator=seeded(seed + i), dtype=torch.float64)).Q
+        for i, n in enumerate((rows, hidden))
+    )
+    return (left * 0.8 ** torch.arange(60).double()) @ right.T, right.T
+
+
+def refuse(side):
+    raise AssertionError("the exact decomposition was called")
+
+
+class TestIteration:
+    @pytest.mark.parametrize("shape", [(2048, 2304), (2304, 2048)])
+    @pytest.mark.parametrize("wanted", [{"rank": 8, "variance": 0.5}, {"rank": None, "variance": 0.99}])
+    def test_few_of_many_directions_are_the_exact_ones_and_the_same_every_time(self, shape, wanted, monkeypatch):
+        monkeypatch.setattr(offset_vectors, "_all_pairs", refuse)
+        activations, right = wide(*shape)
+        squares = 0.8 ** (2 * np.arange(60))
+        shares = np.cumsum(squares) / squares.sum()
+        found = principal_subspace(activations.float(), **wanted)
+        k = wanted["rank"] or int(np.argmax(shares >= 0.99)) + 1
+        assert len(found.directions) == k
+        assert found.variance_share == pytest.approx(shares[k - 1], rel=1e-6)
+        np.testing.assert_allclose(found.singular_values.numpy(), np.sqrt(squares[:k]), rtol=1e-5)
+        r = torch.randn(shape[1], generator=seeded(5)).double()
+        expected = r - (right[:k] @ r) @ right[:k]
+        vector = paper_vector(found, seeded(5))
+        np.testing.assert_allclose(vector.numpy(), (expected / expected.norm()).numpy(), atol=1e-6)
+        again = principal_subspace(activations.float(), **wanted)
+        assert torch.equal(found.directions, again.directions)
+
+    @pytest.mark.parametrize("rank", [2, 10])
+    def test_no_more_directions_than_the_matrix_has(self, rank):
+        rows = torch.randn(3, 2304, generator=seeded(), dtype=torch.float64)
+        directions = principal_subspace(rows.repeat(700, 1), rank=rank, variance=0.9).directions.double()
+        assert len(directions) == min(rank, 3)
+        torch.testing.assert_close(directions @ directions.T, torch.eye(len(directions)).double(), atol=1e-6, rtol=0)
+        inside = torch.linalg.lstsq(rows.T, directions.T).solution
+        torch.testing.assert_close(rows.T @ inside, directions.T, atol=1e-6, rtol=0)
+
+    @pytest.mark.parametrize("rank", [8, 33, None])
+    def test_a_flat_spectrum_or_many_directions_are_left_to_the_exact_way(self, rank, monkeypatch):
+        monkeypatch.setattr(offset_vectors, "_all_pairs", refuse)
+        activations = torch.randn(2048, 2304, generator=seeded())
+        with pytest.raises(AssertionError, match="exact decomposition"):
+            principal_subspace(activations, rank=rank, variance=0.9)
 
 
 class TestPaperVector:

@@ -1,9 +1,25 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+)
 
-from falcon_unlearn.corpus.batching import Encoded
-from falcon_unlearn.selection.activations import layer_means
+from falcon_unlearn.corpus.batching import Encoded, length_sorted_batches
+from falcon_unlearn.model.activation_store import ActivationStore
+from falcon_unlearn.model.loading import ModelSource
+from falcon_unlearn.model.skeleton import open_skeleton
+from falcon_unlearn.selection.activations import (
+    MeanCollector,
+    layer_means,
+    streamed_layer_means,
+    token_budget_batches,
+)
 
 COMMON = {
     "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -13,6 +29,9 @@ CONFIGS = {
     "llama": LlamaConfig(**COMMON),
     "gpt2": GPT2Config(vocab_size=50, n_embd=16, n_layer=4, n_head=2, n_positions=32, initializer_range=0.3),
     "mixtral": MixtralConfig(**COMMON, num_local_experts=3),
+    "mistral": MistralConfig(**COMMON, sliding_window=4),
+    "gemma2": Gemma2Config(**COMMON, head_dim=8, sliding_window=4),
+    "gpt_neox": GPTNeoXConfig(**{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
 }
 LAYERS = (0, 2)
 
@@ -93,3 +112,77 @@ def test_half_precision_is_averaged_in_fp32(records):
     (mean,) = layer_means(model, records, (2,), mask="all", pad_id=0)
     assert mean.dtype == torch.float32
     assert (mean != mean.bfloat16()).any()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 24, 10_000])
+def test_a_token_budget_changes_batches_and_not_means(model, records, batch_tokens):
+    means = layer_means(model, records, LAYERS, mask="answer", pad_id=0, batch_tokens=batch_tokens)
+    for layer, mean in zip(LAYERS, means, strict=True):
+        torch.testing.assert_close(mean, one_by_one(model, records, layer, "answer"), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 12, 24, 30, 1000])
+def test_token_budget_batches_hold_every_record_once_and_keep_to_the_budget(records, batch_tokens):
+    batches = token_budget_batches(records, batch_tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(records)))
+    for batch, following in zip(batches, [*batches[1:], []], strict=True):
+        longest = max(len(records[i]) for i in batch)
+        assert len(batch) == 1 or len(batch) * longest <= batch_tokens
+        assert not following or (len(batch) + 1) * len(records[following[0]]) > batch_tokens
+
+
+def test_layers_above_the_highest_never_run(records):
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    before = layer_means(model, records, (0, 2), mask="all", pad_id=0)
+    with torch.no_grad():
+        for parameter in model.model.layers[3].parameters():
+            parameter.fill_(torch.nan)
+    calls = []
+    model.model.layers[3].mlp.register_forward_hook(lambda *_: calls.append(1))
+    after = layer_means(model, records, (0, 2), mask="all", pad_id=0)
+    assert calls == []
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert "forward" not in vars(model.model.layers[3])
+
+
+def test_a_double_model_is_averaged_in_double(records):
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).double().eval()
+    (mean,) = layer_means(model, records, (2,), mask="answer", pad_id=0)
+    assert mean.dtype == torch.float64
+    torch.testing.assert_close(mean, one_by_one(model, records, 2, "answer"), atol=1e-12, rtol=1e-10)
+
+
+def test_layers_may_be_collected_one_after_the_other_or_side_by_side(records):
+    batches = length_sorted_batches(records, 3)
+    generator = torch.Generator().manual_seed(0)
+    states = {layer: [torch.randn(len(b), 6, 5, generator=generator) for b in batches] for layer in LAYERS}
+    counted = [torch.rand(len(b), 6, generator=generator) < 0.5 for b in batches]
+    for mask in counted:
+        mask[:, 2] = True
+    results = []
+    for steps in (
+        [(layer, n) for layer in LAYERS for n in range(len(batches))],
+        [(layer, n) for n in range(len(batches)) for layer in LAYERS],
+    ):
+        collector = MeanCollector(LAYERS, batches)
+        for layer, n in steps:
+            collector.add(layer, states[layer][n], counted[n])
+        results.append([collector.result(layer) for layer in LAYERS])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for layer, means in zip(LAYERS, results[0], strict=True):
+        for batch, output, mask in zip(batches, states[layer], counted, strict=True):
+            for i, index in enumerate(batch):
+                torch.testing.assert_close(means[index], output[i][mask[i]].mean(0))
+
+
+def test_streamed_means_are_the_resident_ones_to_the_bit(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["gemma2"]).eval()
+    model.save_pretrained(tmp_path / "model")
+    source = ModelSource("tiny", tmp_path / "model", torch.device("cpu"), torch.float32)
+    encoded = [Encoded(tuple(range(3, 3 + length)), 2) for length in (5, 17, 9, 30, 12, 8, 21)]
+    settings = {"mask": "answer", "pad_id": 0, "batch_size": 3}
+    store = ActivationStore(tmp_path / "spill", 2000)
+    streamed = streamed_layer_means(open_skeleton(source), encoded, (3, 1), store=store, **settings)
+    assert store.path.exists()
+    assert all(map(torch.equal, streamed, layer_means(model, encoded, (3, 1), **settings)))

@@ -11,6 +11,7 @@ from scipy.stats import gaussian_kde
 from sklearn.decomposition import PCA
 
 from falcon_unlearn.artifacts import MutualInformationCurve
+from falcon_unlearn.corpus.batching import epoch_order
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.selection.mutual_information import (
     EstimationError,
@@ -22,6 +23,7 @@ from falcon_unlearn.selection.mutual_information import (
     kde_entropy,
     mutual_information,
     pair_rows,
+    published_mutual_information,
     rank_correlation,
     statements,
 )
@@ -45,7 +47,7 @@ def published_entropy(samples, variance=VARIANCE):
     return scipy_entropy(PCA(n_components=variance).fit_transform(samples.numpy()))
 
 
-def published_mutual_information(forget, retain, variance=VARIANCE):
+def reference_mutual_information(forget, retain, variance=VARIANCE):
     joint = torch.cat([forget, retain], dim=1)
     return sum(sign * published_entropy(x, variance) for sign, x in ((1, forget), (1, retain), (-1, joint)))
 
@@ -87,8 +89,39 @@ def test_mutual_information_equals_sklearn_and_scipy(dimensions):
     forget, retain = activations(60, dimensions, 0), activations(60, dimensions, 1)
     forget[:, 0] += retain[:, 0]
     assert mutual_information(forget, retain, VARIANCE) == pytest.approx(
-        published_mutual_information(forget, retain), abs=1e-6
+        reference_mutual_information(forget, retain), abs=1e-6
     )
+
+
+@pytest.mark.parametrize(("n_forget", "n_retain"), [(60, 200), (60, 60), (200, 60)])
+@pytest.mark.parametrize("dimensions", [6, 90])
+def test_published_estimate_takes_all_rows_for_the_marginals_and_the_first_for_the_joint(
+    n_forget, n_retain, dimensions
+):
+    forget, retain = activations(n_forget, dimensions, 0), activations(n_retain, dimensions, 1)
+    joint = torch.cat([forget[:60], retain[:60]], dim=1)
+    expected = published_entropy(forget) + published_entropy(retain) - published_entropy(joint)
+    assert published_mutual_information(forget, retain, VARIANCE) == pytest.approx(expected, abs=1e-6)
+    if n_forget == n_retain:
+        assert published_mutual_information(forget, retain) == pytest.approx(mutual_information(forget, retain))
+
+
+def test_published_estimate_names_what_is_wrong():
+    forget, retain = activations(30, 4, 0), torch.zeros(40, 4)
+    with pytest.raises(EstimationError, match=r"^retain: all 40 activations are the same"):
+        published_mutual_information(forget, retain)
+
+
+@given(n=st.integers(8, 40), dimensions=st.integers(1, 60), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_entropy_is_the_density_estimate_of_the_principal_components(n, dimensions, seed):
+    samples = activations(n, dimensions, seed)
+    assert entropy(samples) == pytest.approx(kde_entropy(fit_pca(samples)), abs=1e-9)
+
+
+def test_samples_far_from_all_others_do_not_underflow():
+    samples = torch.cat([activations(40, 2, 0), 1e6 * activations(3, 2, 1)])
+    assert kde_entropy(samples) == pytest.approx(scipy_entropy(samples.numpy()), abs=1e-6)
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 65])
@@ -314,7 +347,7 @@ def test_curve_equals_the_published_estimate_on_the_paired_rows(result, forget, 
         bio, cyber = forget["bio"][i][list(rows.forget["bio"])], forget["cyber"][i][list(rows.forget["cyber"])]
         kept = retain[i][list(rows.retain)]
         parts = ((bio, kept), (cyber, kept), (bio, cyber))
-        assert result.value[i] == pytest.approx(sum(published_mutual_information(*p) for p in parts), abs=1e-6)
+        assert result.value[i] == pytest.approx(sum(reference_mutual_information(*p) for p in parts), abs=1e-6)
 
 
 def test_retain_null_is_the_same_estimate_on_held_back_retain_rows(result, retain):
@@ -356,6 +389,22 @@ def test_curve_is_a_function_of_its_seed(result, forget, retain):
     other = curve(LAYERS, forget, retain, CONFIG, seed=5)
     assert other.value != result.value
     assert other.null_permutation != result.null_permutation
+
+
+def test_computing_on_a_named_device_is_the_same(result, forget, retain):
+    assert curve(LAYERS, forget, retain, CONFIG, seed=4, device="cpu") == result
+
+
+def test_permuted_pairings_are_estimated_as_given(forget, retain):
+    """The null from reordered inner products equals the plain estimate on reordered rows."""
+    config = MutualInformationConfig(permutations=1)
+    found = curve(LAYERS, {"bio": forget["bio"]}, retain, config, seed=4)
+    rows = pair_rows({"bio": 45}, 130, 512, 4)
+    order = epoch_order(rows.pairs, 0, 4, "mutual information, permutation bio")
+    for i in range(len(LAYERS)):
+        shuffled = forget["bio"][i][list(rows.forget["bio"])][order]
+        expected = published_mutual_information(shuffled, retain[i][list(rows.retain)])
+        assert found.null_permutation[i] == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_layer_does_not_depend_on_the_other_layers(result, forget, retain):

@@ -83,8 +83,15 @@ class Batch:
         for start in range(0, len(self), most):
             rows = slice(start, start + most)
             width = max(len(record) for record in self.records[rows])
-            tensors = (self.input_ids, self.attention_mask, self.answer_mask, self.content_mask)
-            result.append(Batch(*(tensor[rows, :width] for tensor in tensors), self.records[rows]))
+            result.append(
+                Batch(
+                    self.input_ids[rows, :width],
+                    self.attention_mask[rows, :width],
+                    self.answer_mask[rows, :width],
+                    self.content_mask[rows, :width],
+                    self.records[rows],
+                )
+            )
         return result
 
 

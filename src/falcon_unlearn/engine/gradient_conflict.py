@@ -81,8 +81,8 @@ def combine(
     pairs = [(f.reshape(-1), r.reshape(-1)) for f, r in zip(forget, retain, strict=True)]
     products = torch.stack([torch.stack([f.dot(r), f.dot(f), r.dot(r)]) for f, r in pairs]).double()
     rows: list[list[float]] = products.tolist()
-    for into, other, row in zip(forget, retain, rows, strict=True):
-        on_forget, on_retain = coefficients(*row, config)
+    for into, other, (dot, forget_squared, retain_squared) in zip(forget, retain, rows, strict=True):
+        on_forget, on_retain = coefficients(dot, forget_squared, retain_squared, config)
         into.mul_(on_forget).add_(other, alpha=on_retain)
     dots, squared = products[:, 0], products[:, 1:]
     norms = squared.prod(dim=1).sqrt()

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from falcon_unlearn.errors import UserError
+from falcon_unlearn.model.shards import weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 
-_CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_ALL_BUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"]
 _REMOTE_CODE_FILES = ["*.py"]
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies (``folder``, resolved) and how it is to be loaded."""
+    """Where a model lies (``folder``, resolved) and how it is to be loaded.
+
+    ``revision`` is the commit of a hub id, whose weights may have yet to be fetched; None for a local folder.
+    """
 
     name: str
     folder: Path
     device: torch.device
     dtype: torch.dtype | None
     trust_remote_code: bool = False
+    revision: str | None = None
 
 
 def resolve_device(device: str) -> torch.device:
@@ -59,6 +64,7 @@ def resolve_model(
     dtype: DTypeChoice = "auto",
     trust_remote_code: bool = False,
     key: str = "model",
+    weights: bool = True,
 ) -> ModelSource:
     """Find ``name`` as a local folder (beside the recipe or from the current directory), else as a hub id.
 
@@ -69,6 +75,7 @@ def resolve_model(
         dtype: ``auto`` keeps the checkpoint's on accelerators and computes in fp32 on the CPU.
         trust_remote_code: run Python that comes with the model.
         key: recipe key, for messages.
+        weights: fetch all weights of a hub id now, not what is needed when it is (:func:`fetch_weights`).
 
     Raises:
         UserError: no such folder or id, or no network.
@@ -77,21 +84,57 @@ def resolve_model(
     chosen = None if dtype == "auto" and target.type != "cpu" else torch.float32
     if dtype != "auto":
         chosen = getattr(torch, dtype)
-    return ModelSource(
-        name,
-        checkpoint_folder(name, base_dir, key, trust_remote_code=trust_remote_code),
-        target,
-        chosen,
-        trust_remote_code,
-    )
+    folder, revision = _local_folder(name, base_dir, key), None
+    if folder is None:
+        patterns = _ALL_BUT_WEIGHTS + (_REMOTE_CODE_FILES if trust_remote_code else [])
+        folder = _from_hub(name, key, patterns)
+        revision = folder.name
+        if weights:
+            _from_hub(name, key, weight_files(folder), revision)
+    return ModelSource(name, folder, target, chosen, trust_remote_code, revision)
 
 
 def checkpoint_folder(name: str, base_dir: Path, key: str, *, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model: one that exists, or the snapshot of a hub id.
+    """The local folder of a whole model: one that exists, or the snapshot of a hub id.
 
     Raises:
         UserError: neither is to be had; ``key`` (of the recipe or the command line) is named.
     """
+    return resolve_model(name, base_dir, device="cpu", trust_remote_code=trust_remote_code, key=key).folder
+
+
+def fetch_weights(source: ModelSource, layers: int | None = None) -> None:
+    """Download what a hub id's folder still lacks of its weights; a local folder is left as it is.
+
+    Args:
+        source: the model.
+        layers: only the shards with the embeddings and the first so many layers; None for everything.
+
+    Raises:
+        UserError: the download failed, or ``layers`` are more than there are.
+    """
+    if source.revision is None:
+        return
+    if layers is None:
+        fetch_files(source, weight_files(source.folder))
+    else:
+        from falcon_unlearn.model.skeleton import files_of_first_layers
+
+        fetch_files(source, files_of_first_layers(source, layers))
+
+
+def fetch_files(source: ModelSource, files: Collection[str]) -> None:
+    """Download those of ``files`` that a hub id's folder lacks; a local folder is left as it is.
+
+    Raises:
+        UserError: the download failed.
+    """
+    absent = sorted(file for file in files if not (source.folder / file).is_file())
+    if absent and source.revision is not None:
+        _from_hub(source.name, "model", absent, source.revision)
+
+
+def _local_folder(name: str, base_dir: Path, key: str) -> Path | None:
     path = Path(name).expanduser()
     for candidate in (base_dir / path, path):
         if candidate.is_dir():
@@ -102,11 +145,14 @@ def checkpoint_folder(name: str, base_dir: Path, key: str, *, trust_remote_code:
             raise UserError(f"{key}: {candidate} is a file; give the model's folder")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{key}: folder {name} does not exist")
+    return None
+
+
+def _from_hub(name: str, key: str, patterns: Collection[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = _CHECKPOINT_FILES + (_REMOTE_CODE_FILES if trust_remote_code else [])
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -176,60 +222,66 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return int(limit) if isinstance(limit, int) and limit > 0 else None
 
 
-def _load(source: ModelSource, config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
+@contextlib.contextmanager
+def loading_errors(source: ModelSource) -> Iterator[None]:
+    """What transformers says of a checkpoint that it cannot load, as one line of ours."""
     from safetensors import SafetensorError
 
-    model: PreTrainedModel
-    if not any(source.folder.glob("*.safetensors")):
-        raise UserError(f"model: {source.folder} holds no .safetensors weights; load it once and save_pretrained() it")
     try:
         with quiet_transformers():
-            model, report = auto_class.from_pretrained(
-                source.folder,
-                config=config,
-                dtype=source.dtype or "auto",
-                trust_remote_code=source.trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            yield
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"model: {source.name} could not be loaded ({type(error).__name__}: {reason})") from error
-    # transformers fills holes with random weights and only logs it.
-    missing = sorted({name for name, _ in model.named_parameters()} & set(report["missing_keys"]))
+
+
+def refuse_missing(source: ModelSource, missing: Collection[str]) -> None:
+    """Holes in a checkpoint, which transformers fills with random weights, are refused.
+
+    Raises:
+        UserError: ``missing``, names of parameters without a value in the checkpoint, is not empty.
+    """
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"model: {source.name} has no weights for {missing[0]}{others}: get the complete checkpoint")
-    model.requires_grad_(False)
-    model.eval()
-    model.to(source.device)
-    return model
+        raise UserError(f"model: {source.name} has no weights for {min(missing)}{others}: get the complete checkpoint")
 
 
 def load_causal_lm(source: ModelSource) -> PreTrainedModel:
     """The whole model with its language-model head, frozen, in eval mode."""
     from transformers import AutoModelForCausalLM
 
-    return _load(source, load_config(source), AutoModelForCausalLM)
+    model: PreTrainedModel
+    config = load_config(source)
+    fetch_weights(source)
+    if not any(source.folder.glob("*.safetensors")):
+        raise UserError(f"model: {source.folder} holds no .safetensors weights; load it once and save_pretrained() it")
+    with loading_errors(source):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            config=config,
+            dtype=source.dtype or "auto",
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    refuse_missing(source, {name for name, _ in model.named_parameters()} & set(report["missing_keys"]))
+    model.requires_grad_(False)
+    model.eval()
+    model.to(source.device)
+    return model
 
 
 def load_first_layers(source: ModelSource, count: int) -> PreTrainedModel:
     """Embeddings and the first ``count`` decoder layers only: no later layer, no head is read.
 
     Never ``save_pretrained`` the result: it is not the whole model.
-    """
-    from transformers import AutoModel
 
-    config = load_config(source)
-    text = text_config(config)
-    total = number_of_layers(config)
-    if not 1 <= count <= total:
-        raise UserError(f"model: {source.name} has {total} layers, {count} were asked for")
-    layer_types = getattr(text, "layer_types", None)
-    if layer_types is not None:
-        text.layer_types = list(layer_types)[:count]
-    text.num_hidden_layers = count
-    return _load(source, config, AutoModel)
+    Raises:
+        UserError: as :func:`falcon_unlearn.model.skeleton.open_skeleton`, or there are fewer layers.
+    """
+    from falcon_unlearn.model.skeleton import load_first_layers as load  # built on this module
+
+    return load(source, count)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

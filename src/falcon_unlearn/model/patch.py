@@ -216,7 +216,7 @@ def write_patch(
     """
     from safetensors import safe_open
 
-    spans = tensor_spans(base)
+    spans = tensor_spans(base, changed)
     new: dict[str, torch.Tensor] = {}
     changes: dict[str, TensorChange] = {}
     for name, tensor in sorted(changed.items()):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -103,38 +103,78 @@ def file_spans(path: Path, file: str | None = None) -> dict[str, TensorSpan]:
     return spans
 
 
-def _indexed_spans(folder: Path) -> dict[str, TensorSpan]:
+def _indexed_files(folder: Path) -> dict[str, str]:
     index = folder / INDEX_FILE
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         files = {name: PurePosixPath(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: is not an index with a 'weight_map' of tensor names to files") from error
-    shards: dict[PurePosixPath, dict[str, TensorSpan]] = {}
     for file in dict.fromkeys(files.values()):
         if file.is_absolute() or ".." in file.parts:
             raise UserError(f"{index}: '{file}' is outside the checkpoint folder")
+    return {name: file.as_posix() for name, file in files.items()}
+
+
+def _indexed_spans(folder: Path, names: Collection[str] | None) -> dict[str, TensorSpan]:
+    files = {name: file for name, file in _indexed_files(folder).items() if names is None or name in names}
+    shards: dict[str, dict[str, TensorSpan]] = {}
+    for file in dict.fromkeys(files.values()):
         if not (folder / file).is_file():
-            raise UserError(f"{index}: names '{file}', which is not in {folder}: get the missing shard")
-        shards[file] = file_spans(folder / file, file.as_posix())
+            raise UserError(f"{folder / INDEX_FILE}: names '{file}', which is not in {folder}: get the missing shard")
+        shards[file] = file_spans(folder / file, file)
     for name, file in files.items():
         if name not in shards[file]:
             raise UserError(f"{folder / file}: has no tensor '{name}', but {INDEX_FILE} says so: get both again")
     return {name: shards[file][name] for name, file in files.items()}
 
 
-def tensor_spans(folder: Path) -> dict[str, TensorSpan]:
+def tensor_spans(folder: Path, names: Collection[str] | None = None) -> dict[str, TensorSpan]:
     """Find every tensor of the checkpoint in ``folder``; only headers are read.
+
+    Args:
+        folder: the checkpoint.
+        names: only these tensors; shards without any of them need not be there.
 
     Raises:
         UserError: no folder, no safetensors weights in it, a shard that is missing, truncated or altered.
     """
+    if _has_one_file(folder):
+        spans = file_spans(folder / SINGLE_FILE)
+        return spans if names is None else {name: span for name, span in spans.items() if name in names}
+    return _indexed_spans(folder, names)
+
+
+def tensor_files(folder: Path) -> dict[str, str]:
+    """The file of each tensor, relative to ``folder``; of several shards none is opened, or needed.
+
+    Raises:
+        UserError: no folder, no safetensors weights in it, or a broken index.
+    """
+    if _has_one_file(folder):
+        return dict.fromkeys(file_spans(folder / SINGLE_FILE), SINGLE_FILE)
+    return _indexed_files(folder)
+
+
+def weight_files(folder: Path) -> tuple[str, ...]:
+    """The files that the weights of the checkpoint are in, there or not: all shards, or the one file.
+
+    Raises:
+        UserError: a broken index.
+    """
+    if (folder / SINGLE_FILE).is_file() or not (folder / INDEX_FILE).is_file():
+        return (SINGLE_FILE,)
+    return tuple(dict.fromkeys(_indexed_files(folder).values()))
+
+
+def _has_one_file(folder: Path) -> bool:
+    """True for a single file, False for shards; anything else is refused."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a folder with {SINGLE_FILE} is needed")
     if (folder / SINGLE_FILE).is_file():
-        return file_spans(folder / SINGLE_FILE)
+        return True
     if (folder / INDEX_FILE).is_file():
-        return _indexed_spans(folder)
+        return False
     if any(folder.glob("pytorch_model*.bin*")):
         raise UserError(
             f"{folder}: has pytorch_model.bin only, and only safetensors is read; convert it with "
@@ -190,16 +230,20 @@ def sha256_of(folder: Path, span: TensorSpan) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, names: Collection[str] | None = None) -> str:
     """SHA-256 over names, layout and samples of the weights: tells one model from another in little time.
 
     Each file gives its size and sixteen evenly spaced blocks of 64 KiB, so a change that falls between them in a
     large file goes unseen; patches compare whole tensors instead.
 
+    Args:
+        folder: the checkpoint.
+        names: only these tensors and the files they are in.
+
     Raises:
         UserError: as :func:`tensor_spans`.
     """
-    spans = tensor_spans(folder)
+    spans = tensor_spans(folder, names)
     digest = hashlib.sha256(repr(sorted(spans.items())).encode())
     for file in sorted({span.file for span in spans.values()}):
         with (folder / file).open("rb") as handle:

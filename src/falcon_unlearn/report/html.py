@@ -213,6 +213,8 @@ def verdict(metrics: Mapping[str, Any]) -> str:
         metrics: content of ``metrics.json``.
     """
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
+    if not before and not after:
+        return "Nothing was scored."
     parts = []
     for key, label in (("forget_accuracy", "Forget accuracy"), ("forget_probability", "forget probability")):
         change = _change(before.get(key), after.get(key))
@@ -360,6 +362,8 @@ def _limits(
     recipe: str | None,
 ) -> list[str]:
     after = (metrics or {}).get("after") or {}
+    if metrics and not after:
+        return ["Nothing was scored: what this model has forgotten, kept or lost is not known."]
     limits = ["The numbers hold for the questions that were scored, answered greedily. Other questions were not asked."]
     if metrics and not _is_number(after.get("forget_accuracy_heldout")):
         limits.append("No held-out phrasing was scored: whether other wordings bring the answers out is not measured.")

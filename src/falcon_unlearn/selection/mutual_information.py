@@ -41,6 +41,9 @@ NULL_CORRELATION = 0.9
 RANK_TOLERANCE = 1e-12
 """Relative to a dimension's variance: what the others leave unexplained below this is rounding."""
 
+BLOCK = 1024
+"""Rows and columns of the kernel matrix held at a time."""
+
 
 class EstimationError(UserError):
     """An entropy that these samples do not determine."""
@@ -63,9 +66,10 @@ class MutualInformationConfig(Section):
 
 
 def _checked(samples: Tensor, where: str) -> Tensor:
-    """``samples`` as centred fp64 ``(n, dimensions)`` on the CPU, if they are finite and not constant."""
+    """``samples`` as centred fp64 ``(n, dimensions)`` where they lie (CPU or CUDA), if finite and not constant."""
     assert samples.ndim == 2, f"{where}: expected (samples, dimensions), got {tuple(samples.shape)}"
-    x = samples.detach().to("cpu", torch.float64)
+    # Of the devices only these two compute in fp64.
+    x = samples.detach().to(samples.device if samples.is_cuda else "cpu", torch.float64)
     if len(x) < 2:
         raise EstimationError(f"{where}: {len(x)} sample(s), too few to estimate an entropy; add records")
     bad = int((~x.isfinite()).any(dim=1).sum())
@@ -84,6 +88,15 @@ def _checked(samples: Tensor, where: str) -> Tensor:
     return x - x.mean(dim=0)
 
 
+def _leading(products: Tensor, variance: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, falling, and eigenvectors of a matrix of inner products: the fewest above ``variance`` of all."""
+    eigenvalues, vectors = torch.linalg.eigh(products)
+    eigenvalues, vectors = eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
+    share = eigenvalues.cumsum(0) / eigenvalues.sum()
+    k = int((share <= variance).sum()) + 1
+    return eigenvalues[:k], vectors[:, :k]
+
+
 def fit_pca(samples: Tensor, variance: float = 0.95, *, where: str = "activations") -> Tensor:
     """Project onto the fewest principal components that hold more than ``variance`` of the variance.
 
@@ -95,29 +108,64 @@ def fit_pca(samples: Tensor, variance: float = 0.95, *, where: str = "activation
         where: what the samples are, for error messages.
 
     Returns:
-        fp64 ``(n, k)`` on the CPU, by falling variance.
+        fp64 ``(n, k)``, by falling variance; on CUDA if the samples are, else on the CPU.
 
     Raises:
         EstimationError: non-finite or constant samples.
     """
     x = _checked(samples, where)
-    rows_fewer = x.shape[0] <= x.shape[1]
-    eigenvalues, vectors = torch.linalg.eigh(x @ x.T if rows_fewer else x.T @ x)
-    eigenvalues, vectors = eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
-    share = eigenvalues.cumsum(0) / eigenvalues.sum()
-    k = int((share <= variance).sum()) + 1
-    projected: Tensor = vectors[:, :k] * eigenvalues[:k].sqrt() if rows_fewer else x @ vectors[:, :k]
-    return projected
+    if x.shape[0] <= x.shape[1]:
+        eigenvalues, vectors = _leading(x @ x.T, variance)
+        return vectors * eigenvalues.sqrt()
+    return x @ _leading(x.T @ x, variance)[1]
 
 
-def kde_entropy(samples: Tensor, *, block: int = 1024, where: str = "activations") -> float:
+def _refuse_too_few(n: int, d: int, where: str) -> None:
+    if n < d + 2:
+        raise EstimationError(
+            f"{where}: {n} samples in {d} dimensions do not determine a density ({d + 2} are needed); use more "
+            "samples or lower 'variance'"
+        )
+
+
+def _singular(n: int, d: int, where: str) -> EstimationError:
+    return EstimationError(
+        f"{where}: the covariance of {n} samples in {d} dimensions is singular, so they have no density; "
+        "use more samples or lower 'variance'"
+    )
+
+
+def _white_entropy(points: Tensor, log_scale: float, block: int) -> float:
+    """Entropy of a Gaussian KDE from its whitened points.
+
+    Args:
+        points: samples in units in which the kernel's covariance is the identity, ``(n, d)``.
+        log_scale: log-determinant of the map from those units to the samples' own.
+        block: the kernel matrix is symmetric and held in pieces of at most ``block`` by ``block``.
+    """
+    n, d = points.shape
+    half_norms = points.square().sum(dim=1) / 2
+    # No maximum to take out of these sums: each holds the point's own kernel, which is 1, and no larger one.
+    sums = torch.zeros_like(half_norms)
+    pieces = [slice(start, start + block) for start in range(0, n, block)]
+    for i, rows in enumerate(pieces):
+        for columns in pieces[i:]:
+            kernel = torch.addmm(-half_norms[columns], points[rows], points[columns].T)
+            kernel = kernel.sub_(half_norms[rows, None]).exp_()
+            sums[rows] += kernel.sum(dim=1)
+            if columns != rows:
+                sums[columns] += kernel.sum(dim=0)
+    return math.log(n) + log_scale + d / 2 * math.log(2 * math.pi) - float(sums.log().mean())
+
+
+def kde_entropy(samples: Tensor, *, block: int = BLOCK, where: str = "activations") -> float:
     """Differential entropy in nats: mean of -log p at the samples, p their Gaussian KDE.
 
     The kernel's covariance is that of the samples times n^(-2/(d+4)) (Scott), as in ``scipy.stats.gaussian_kde``.
 
     Args:
         samples: ``(n, d)``.
-        block: rows of the distance matrix held at a time; memory is ``block * n`` numbers.
+        block: rows and columns of the kernel matrix held at a time; memory is ``block * block`` numbers.
         where: what the samples are, for error messages.
 
     Raises:
@@ -126,34 +174,65 @@ def kde_entropy(samples: Tensor, *, block: int = 1024, where: str = "activations
     """
     x = _checked(samples, where)
     n, d = x.shape
-    if n < d + 2:
-        raise EstimationError(
-            f"{where}: {n} samples in {d} dimensions do not determine a density ({d + 2} are needed); use more "
-            "samples or lower 'variance'"
-        )
+    _refuse_too_few(n, d, where)
     scale = x.square().sum(dim=0).div(n - 1).sqrt()
     x = x / scale
     cholesky, failed = torch.linalg.cholesky_ex(x.T @ x / (n - 1))
     # The squared diagonal is each dimension's variance given those before it; a zero scale makes it NaN.
     if int(failed) or not bool((cholesky.diagonal().square() > RANK_TOLERANCE).all()):
-        raise EstimationError(
-            f"{where}: the covariance of {n} samples in {d} dimensions is singular, so they have no density; "
-            "use more samples or lower 'variance'"
-        )
+        raise _singular(n, d, where)
     bandwidth = n ** (-1 / (d + 4))
     points = torch.linalg.solve_triangular(cholesky, x.T, upper=False).T / bandwidth
-    norms = points.square().sum(dim=1)
-    log_kernels = 0.0
-    for rows, row_norms in zip(points.split(block), norms.split(block), strict=True):
-        squared_distances = row_norms[:, None] + norms - 2 * rows @ points.T
-        log_kernels += float(torch.logsumexp(-squared_distances / 2, dim=1).sum())
-    log_volume = float((scale * cholesky.diagonal() * bandwidth).log().sum()) + d / 2 * math.log(2 * math.pi)
-    return math.log(n) + log_volume - log_kernels / n
+    return _white_entropy(points, float((scale * cholesky.diagonal() * bandwidth).log().sum()), block)
+
+
+class _Rows:
+    """Centred fp64 rows ``x`` of one set, ``(n, dimensions)``; of many dimensions entropies need only ``gram``."""
+
+    def __init__(self, x: Tensor, gram: Tensor | None = None) -> None:
+        self.x = x
+        self._gram = gram
+
+    @property
+    def gram(self) -> Tensor:
+        """Inner products ``(n, n)``, computed once."""
+        if self._gram is None:
+            self._gram = self.x @ self.x.T
+        return self._gram
+
+    def in_order(self, order: Sequence[int]) -> _Rows:
+        """The rows in another order."""
+        index = torch.tensor(order, device=self.x.device)
+        return _Rows(self.x[index], None if self._gram is None else self._gram[index][:, index])
+
+
+def _entropy(sets: Sequence[_Rows], variance: float, where: str) -> float:
+    """Entropy in nats of the rows of ``sets`` side by side, by PCA and KDE.
+
+    Side by side, inner products add up; and principal components are uncorrelated, so that whitening is a division.
+    """
+    counts = [len(rows.x) for rows in sets]
+    if len(set(counts)) > 1:
+        raise EstimationError(f"{where}: {' and '.join(map(str, counts))} rows cannot be paired; pass equally many")
+    n = counts[0]
+    if n <= sum(rows.x.shape[1] for rows in sets):
+        eigenvalues, unit = _leading(torch.stack([rows.gram for rows in sets]).sum(0), variance)
+    else:
+        x = torch.cat([rows.x for rows in sets], dim=1)
+        eigenvalues, vectors = _leading(x.T @ x, variance)
+        unit = x @ vectors / eigenvalues.sqrt()
+    d = len(eigenvalues)
+    _refuse_too_few(n, d, where)
+    if not bool(eigenvalues[-1] > RANK_TOLERANCE * eigenvalues[0]):
+        raise _singular(n, d, where)
+    bandwidth = n ** (-1 / (d + 4))
+    log_scale = float((eigenvalues / (n - 1)).log().sum()) / 2 + d * math.log(bandwidth)
+    return _white_entropy(unit * (math.sqrt(n - 1) / bandwidth), log_scale, BLOCK)
 
 
 def entropy(samples: Tensor, variance: float = 0.95, *, where: str = "activations") -> float:
     """Entropy in nats of ``(n, dimensions)`` samples: :func:`fit_pca`, then :func:`kde_entropy`; raises as they do."""
-    return kde_entropy(fit_pca(samples, variance, where=where), where=where)
+    return _entropy([_Rows(_checked(samples, where))], variance, where)
 
 
 def mutual_information(forget: Tensor, retain: Tensor, variance: float = 0.95) -> float:
@@ -167,15 +246,28 @@ def mutual_information(forget: Tensor, retain: Tensor, variance: float = 0.95) -
     Raises:
         EstimationError: an entropy cannot be estimated.
     """
-    marginal = entropy(forget, variance, where="forget") + entropy(retain, variance, where="retain")
-    return marginal - _joint_entropy(forget, retain, variance, "forget joint with retain")
+    return aggregate({"forget": forget}, retain, variance=variance)
 
 
-def _joint_entropy(left: Tensor, right: Tensor, variance: float, where: str) -> float:
-    """Entropy of the paired rows ``[left | right]``."""
-    if len(left) != len(right):
-        raise EstimationError(f"{where}: {len(left)} and {len(right)} rows cannot be paired; pass equally many")
-    return entropy(torch.cat([left, right], dim=1), variance, where=where)
+def published_mutual_information(forget: Tensor, retain: Tensor, variance: float = 0.95) -> float:
+    """I(F;R) as published for sets of different size, in nats: each marginal entropy rests on all rows of its set.
+
+    The joint entropy rests on the first rows, as many as both sets have. An entropy estimate depends on the number of
+    rows, so the three are comparable only for equal counts, as in :func:`mutual_information` and :func:`curve`.
+
+    Args:
+        forget: ``(n, dimensions)``.
+        retain: ``(m, dimensions)``, on the same device.
+        variance: share of the variance that each PCA keeps.
+
+    Raises:
+        EstimationError: an entropy cannot be estimated.
+    """
+    pairs = min(len(forget), len(retain))
+    sets = [_Rows(_checked(samples, name)) for samples, name in ((forget, "forget"), (retain, "retain"))]
+    marginal = sum(_entropy([rows], variance, name) for rows, name in zip(sets, ("forget", "retain"), strict=True))
+    paired = [rows if len(rows.x) == pairs else _Rows(rows.x[:pairs] - rows.x[:pairs].mean(dim=0)) for rows in sets]
+    return marginal - _entropy(paired, variance, "forget joint with retain")
 
 
 def aggregate(
@@ -193,23 +285,25 @@ def aggregate(
     Raises:
         EstimationError: an entropy cannot be estimated.
     """
-    return _marginal_part(forget, retain, eta, variance, where) - _joint_part(forget, retain, eta, variance, where)
+    domains = {name: _Rows(_checked(rows, f"{where}forget domain '{name}'")) for name, rows in forget.items()}
+    kept = _Rows(_checked(retain, f"{where}retain"))
+    marginal = _own_part(domains, eta, variance, where) + len(domains) * _entropy([kept], variance, f"{where}retain")
+    return marginal - _joint_part(domains, kept, eta, variance, where)
 
 
-def _marginal_part(forget: Mapping[str, Tensor], retain: Tensor, eta: float, variance: float, where: str) -> float:
-    """What of :func:`aggregate` does not depend on the pairing: each entropy as often as it occurs."""
-    domains = len(forget)
-    own = sum(entropy(rows, variance, where=f"{where}forget domain '{name}'") for name, rows in forget.items())
-    return domains * entropy(retain, variance, where=f"{where}retain") + (1 + eta * (domains - 1)) * own
+def _own_part(forget: Mapping[str, _Rows], eta: float, variance: float, where: str) -> float:
+    """The forget domains' own entropies in :func:`aggregate`, each as often as it occurs."""
+    own = sum(_entropy([rows], variance, f"{where}forget domain '{name}'") for name, rows in forget.items())
+    return (1 + eta * (len(forget) - 1)) * own
 
 
-def _joint_part(forget: Mapping[str, Tensor], retain: Tensor, eta: float, variance: float, where: str) -> float:
+def _joint_part(forget: Mapping[str, _Rows], retain: _Rows, eta: float, variance: float, where: str) -> float:
     """The weighted joint entropies that :func:`aggregate` subtracts."""
     with_retain = sum(
-        _joint_entropy(rows, retain, variance, f"{where}'{name}' joint with retain") for name, rows in forget.items()
+        _entropy([rows, retain], variance, f"{where}'{name}' joint with retain") for name, rows in forget.items()
     )
     between = sum(
-        _joint_entropy(forget[left], forget[right], variance, f"{where}'{left}' joint with '{right}'")
+        _entropy([forget[left], forget[right]], variance, f"{where}'{left}' joint with '{right}'")
         for left, right in combinations(forget, 2)
     )
     return with_retain + eta * between
@@ -260,21 +354,14 @@ def pair_rows(forget_rows: Mapping[str, int], retain_rows: int, max_samples: int
     )
 
 
-def _select(samples: Tensor, rows: Sequence[int], where: str) -> Tensor:
-    """Rows of ``samples``, centred; where they have more dimensions than rows, in a basis of their own span.
-
-    Such a change of basis keeps every inner product and with them PCA and density, at the cost of n columns.
-    """
-    x = _checked(samples[list(rows)], where)
-    return torch.linalg.qr(x.T, mode="r").R.T if x.shape[0] < x.shape[1] else x
-
-
 def curve(
     layers: Sequence[int],
     forget: Mapping[str, Sequence[Tensor]],
     retain: Sequence[Tensor],
     config: MutualInformationConfig,
     seed: int,
+    *,
+    device: torch.device | str | None = None,
 ) -> MutualInformationCurve:
     """Estimate :func:`aggregate` at each layer, and what it gives where there is nothing to find.
 
@@ -288,6 +375,8 @@ def curve(
         retain: one ``(N, hidden)`` tensor a layer.
         config: the estimator's settings.
         seed: of rows, pairing and permutations.
+        device: where to compute, one layer after the other; without it where the activations lie. On other devices
+            than CPU and CUDA, which have no fp64, the CPU computes.
 
     Raises:
         EstimationError: an entropy cannot be estimated; the message names layer and domain.
@@ -302,25 +391,35 @@ def curve(
         {name: epoch_order(rows.pairs, p, seed, f"mutual information, permutation {name}") for name in forget}
         for p in range(config.permutations)
     ]
+
+    def centred(samples: Tensor, chosen: Sequence[int], name: str) -> _Rows:
+        return _Rows(_checked(samples[list(chosen)].to(device), name))
+
     value, null_retain, null_permutation = [], [], []
     for position, layer in enumerate(layers):
         where = f"layer {layer}, "
         domains = {
-            name: _select(tensors[position], rows.forget[name], f"{where}forget domain '{name}'")
+            name: centred(tensors[position], rows.forget[name], f"{where}forget domain '{name}'")
             for name, tensors in forget.items()
         }
-        kept = _select(retain[position], rows.retain, f"{where}retain")
+        kept = centred(retain[position], rows.retain, f"{where}retain")
         held_back = {
-            name: _select(retain[position], chosen, f"{where}held-back retain")
+            name: centred(retain[position], chosen, f"{where}held-back retain")
             for name, chosen in rows.held_back.items()
         }
-        marginal = _marginal_part(domains, kept, config.eta, config.variance, where)
-        value.append(marginal - _joint_part(domains, kept, config.eta, config.variance, where))
+        eta, variance = config.eta, config.variance
+        own = _own_part(domains, eta, variance, where)
+        of_retain = len(domains) * _entropy([kept], variance, f"{where}retain")
+        marginal = own + of_retain
+        value.append(marginal - _joint_part(domains, kept, eta, variance, where))
+        stand_in = f"{where}held-back retain as "
         null_retain.append(
-            aggregate(held_back, kept, eta=config.eta, variance=config.variance, where=f"{where}held-back retain as ")
+            _own_part(held_back, eta, variance, stand_in)
+            + of_retain
+            - _joint_part(held_back, kept, eta, variance, stand_in)
         )
         joints = [
-            _joint_part({n: x[order[n]] for n, x in domains.items()}, kept, config.eta, config.variance, where)
+            _joint_part({n: x.in_order(order[n]) for n, x in domains.items()}, kept, eta, variance, where)
             for order in shuffles
         ]
         null_permutation.append(marginal - sum(joints) / len(joints))

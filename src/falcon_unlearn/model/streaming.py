@@ -1,0 +1,89 @@
+"""Activations of a model larger than memory: all batches through one layer, then all through the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from falcon_unlearn.corpus.batching import Batch
+from falcon_unlearn.model.activation_store import ActivationStore
+from falcon_unlearn.model.decoder import LayerReachedError, bypassed, first_tensor
+from falcon_unlearn.model.skeleton import Skeleton
+
+Visit = Callable[[int, int, Tensor, Tensor], None]
+
+
+@torch.no_grad()
+def stream_layers(
+    skeleton: Skeleton,
+    batches: Sequence[Batch],
+    last: int,
+    visit: Visit,
+    store: ActivationStore,
+    *,
+    masked: bool = True,
+) -> None:
+    """Run layers 0 to ``last`` over all batches with one layer in memory at a time.
+
+    Each layer is called from the model's own forward pass, with the layers below it passed through and its input
+    replaced by what the layer below gave: masks, positions and all else a layer is called with are the model's own.
+    Memory is :attr:`Skeleton.layer_bytes`, one batch, and what ``store`` may keep.
+
+    Args:
+        skeleton: the model, all of its layers on meta; they are on meta again afterwards.
+        batches: on any device.
+        last: the last layer to run.
+        visit: called with layer, number of the batch, and the layer's input and output, each ``(batch, length,
+            hidden)`` on the model's device. Both are lent: read or copy them, do not write into them.
+        store: keeps the hidden states between layers, under the numbers of the batches.
+        masked: hand the attention mask on; a causal decoder does not need it to ignore padding on the right.
+
+    Raises:
+        UserError: a layer's weights are missing, truncated or altered, or the disk is full.
+    """
+    assert 0 <= last < len(skeleton)
+    for layer in range(last + 1):
+        skeleton.load(layer)
+        try:
+            with bypassed(skeleton.stack[:layer]):
+                for number, batch in enumerate(batches):
+                    stored = store.get(number) if layer else None
+                    before, after = _through(skeleton, layer, batch.to(skeleton.source.device), stored, masked=masked)
+                    if layer < last:
+                        store.put(number, after)
+                    visit(layer, number, before, after)
+        finally:
+            skeleton.drop(layer)
+
+
+def _through(
+    skeleton: Skeleton, index: int, batch: Batch, stored: Tensor | None, *, masked: bool
+) -> tuple[Tensor, Tensor]:
+    """Input and output of one layer, the input being ``stored`` unless that is None."""
+    seen: list[Tensor] = []
+
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        own = args[0] if args else kwargs["hidden_states"]
+        states = own if stored is None else stored.to(own.device)
+        seen.append(states)
+        return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
+
+    def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.append(first_tensor(output))
+        raise LayerReachedError
+
+    layer = skeleton.stack[index]
+    handles = [layer.register_forward_pre_hook(replace, with_kwargs=True), layer.register_forward_hook(stop)]
+    try:
+        attention = batch.attention_mask if masked else None
+        skeleton.model(input_ids=batch.input_ids, attention_mask=attention, use_cache=False)
+    except LayerReachedError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    before, after = seen
+    return before, after
