@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (run, layers):
         sub.add_argument("recipe", metavar="RECIPE.yaml")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. method.preset=paper seed=1")
+        sub.add_argument("--estimate", action="store_true", help="predict memory and work from the config; run nothing")
         folder_state(sub)
 
     patch = add("patch", "show, apply, take back or check a patch", _patch)
@@ -182,7 +183,21 @@ def _load(arguments: argparse.Namespace) -> Any:
     return load_recipe(Path(arguments.recipe), arguments.overrides)
 
 
+def _estimate(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.estimate import estimate_layers, estimate_run, estimate_table
+
+    predict = estimate_run if arguments.command == "run" else estimate_layers
+    estimate = predict(_load(arguments))
+    if arguments.json:
+        _print_json(estimate)
+    else:
+        print(estimate_table(estimate))
+    return 0
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.estimate:
+        return _estimate(arguments)
     from falcon_unlearn.pipeline import run_recipe
 
     run = run_recipe(
@@ -193,6 +208,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _layers(arguments: argparse.Namespace) -> int:
+    if arguments.estimate:
+        return _estimate(arguments)
     from falcon_unlearn.pipeline import select_layers_of
 
     selection, folder = select_layers_of(

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from falcon_unlearn.artifacts import write_bytes
+from falcon_unlearn.artifacts import replacing
 from falcon_unlearn.errors import UserError
 
 
@@ -36,6 +36,9 @@ def save_checkpoint(
         fingerprint: hash of everything that must be equal to go on from here.
         masters: trained tensors, in the order the optimiser got them.
         optimizer: its per-parameter state must consist of tensors.
+
+    Raises:
+        UserError: the disk is full.
     """
     tensors = {f"master/{name}": value.detach().cpu().contiguous() for name, value in masters.items()}
     for name, parameter in masters.items():
@@ -45,7 +48,11 @@ def save_checkpoint(
             assert isinstance(value, Tensor), f"optimizer state {key} is no tensor"
             tensors[f"optimizer/{key}/{name}"] = value.detach().cpu().contiguous()
     state = {**dataclasses.asdict(progress), "fingerprint": fingerprint}
-    write_bytes(path, save(tensors, metadata={"state": json.dumps(state)}))
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be written ({error}): free some space and go on with --resume") from error
 
 
 def load_checkpoint(
