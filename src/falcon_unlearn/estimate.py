@@ -129,6 +129,7 @@ def estimate_run(recipe: Recipe) -> Estimate:
     Raises:
         UserError: the recipe's model or data cannot be read, or the architecture is not known.
     """
+    _predictable(recipe)
     inputs = _read(recipe)
     whole = blueprint(inputs.config, inputs.dtype, trust_remote_code=recipe.trust_remote_code)
     scoring = _scoring(inputs, whole)
@@ -148,6 +149,7 @@ def estimate_run(recipe: Recipe) -> Estimate:
 
 def estimate_layers(recipe: Recipe) -> Estimate:
     """Predict ``falcon-unlearn layers``; raises as :func:`estimate_run`."""
+    _predictable(recipe)
     inputs = _read(recipe)
     whole = blueprint(inputs.config, inputs.dtype, trust_remote_code=recipe.trust_remote_code)
     return _estimate(inputs, _selection(inputs, whole), {})
@@ -203,7 +205,7 @@ def _read(recipe: Recipe) -> _Inputs:
             f"layers are chosen in the run; training is predicted for the highest candidate, {target}, which takes most"
         )
     else:
-        layers = tuple(sorted(settings.layers))
+        layers = tuple(range(total)) if settings.layers == "all" else tuple(sorted(settings.layers))
     highest = max((*layers, *candidates))
     if highest >= total:
         raise UserError(f"selection: layer {highest} is out of range, {recipe.model} has layers 0..{total - 1}")
@@ -269,7 +271,8 @@ def _assumed_data(
 
     sides = {"forget": domains("forget", recipe.corpus.forget), "retain": domains("retain", recipe.corpus.retain)}
     groups = {f"{side}.{name}": [str(i) for i in range(count)] for side, found in sides.items() for name in found}
-    encoded = EncodedCorpus(sides["forget"], sides["retain"], groups, {}, recipe.corpus.loss_mask or "answer", pad_id=0)
+    mask = recipe.corpus.loss_mask or "answer"
+    encoded = EncodedCorpus(sides["forget"], sides["retain"], groups, {}, {}, mask, pad_id=0)
     one = tuple(records("evaluation"))
     prompts = tuple(Encoded(item.ids[: item.answer_start], item.answer_start) for item in one)
     new_tokens = min(recipe.evaluation.max_new_tokens, length - length // 2 + _GENERATION_SLACK)
@@ -371,9 +374,15 @@ def _scoring(inputs: _Inputs, whole: PreTrainedModel) -> StageEstimate:
     )
 
 
+def _predictable(recipe: Recipe) -> FalconConfig | RmuConfig:
+    if isinstance(recipe.method, FalconConfig | RmuConfig):
+        return recipe.method
+    raise UserError(f"--estimate predicts the methods falcon and rmu, not {recipe.method.name}")
+
+
 def _objectives(inputs: _Inputs, *, whole_batch: bool) -> tuple[Objective, Objective]:
     """Forget and retain loss; ``whole_batch``: as memory is, else only what is linear in the tokens."""
-    method = inputs.recipe.method
+    method = _predictable(inputs.recipe)
     vector = torch.empty(text_config(inputs.config).hidden_size, device="meta")
     if isinstance(method, RmuConfig):
         return (lambda updated, _: squared_distance(updated, vector)), squared_distance
@@ -405,7 +414,7 @@ def _walk(
     flops: Callable[[], tuple[PerRecord, PerRecord]],
 ) -> _Training:
     """Go through the batches of a run as the trainer does."""
-    recipe, mask = inputs.recipe, inputs.encoded.loss_mask
+    recipe, mask, method = inputs.recipe, inputs.encoded.loss_mask, _predictable(inputs.recipe)
     frozen, trained = flops()
     size = training.micro_batch_size or training.batch_size
     records: list[Encoded] = []
@@ -419,8 +428,8 @@ def _walk(
         return 0 if in_cache else len(batch) * frozen(batch.input_ids.shape[1])
 
     setup_tokens = 0
-    most = recipe.method.offset_tokens if isinstance(recipe.method, FalconConfig) else _SETUP_TOKENS
-    if isinstance(recipe.method, RmuConfig) or recipe.method.offset == "paper":
+    most = method.offset_tokens if isinstance(method, FalconConfig) else _SETUP_TOKENS
+    if isinstance(method, RmuConfig) or method.offset == "paper":
         for batches in data.first_batches(training.batch_size).values():
             count = 0
             for batch in batches:

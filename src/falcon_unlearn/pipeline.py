@@ -26,7 +26,8 @@ from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, content_hash, load_corpus
 from falcon_unlearn.engine.trainer import CheckpointPlan, InterruptedTrainingError
 from falcon_unlearn.evaluation.metrics import FORGET_SET, compute_metrics
-from falcon_unlearn.model.decoder import renamed_to, replaced
+from falcon_unlearn.methods import METHODS, WholeModel
+from falcon_unlearn.model.decoder import SplitDecoder, renamed_to, replaced
 from falcon_unlearn.model.disk_names import TORCH_DTYPES, to_disk
 from falcon_unlearn.model.loading import (
     ModelSource,
@@ -62,6 +63,7 @@ from falcon_unlearn.stages import (
     select_layers,
     streamed_means,
     unlearn_layers,
+    unlearn_whole,
 )
 
 if TYPE_CHECKING:
@@ -171,7 +173,8 @@ def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
 def _tensors_in_use(recipe: Recipe, source: ModelSource) -> set[str] | None:
     """Names of the tensors that this recipe needs of the checkpoint, None for all; of a hub id they are fetched."""
     layers = recipe.selection.layers
-    if recipe.evaluation.enabled or layers == "auto":
+    whole = METHODS[recipe.method.name].kind != "representation"
+    if recipe.evaluation.enabled or whole or isinstance(layers, str):
         fetch_weights(source)
         return None
     count = min(max(layers) + 1, number_of_layers(load_config(source)))  # too high is a mistake named later
@@ -249,7 +252,8 @@ class _Trained:
 
 def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool) -> _Trained:
     recipe = inputs.recipe
-    model = load_first_layers(inputs.source, selection.target_layer + 1)
+    whole = METHODS[recipe.method.name].kind != "representation"
+    model = load_causal_lm(inputs.source) if whole else load_first_layers(inputs.source, selection.target_layer + 1)
     log = _TrainingLog(folder / "training.jsonl")
     inputs.console.say("training: " + describe_training(recipe, text_config(inputs.config).hidden_size))
 
@@ -273,17 +277,30 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
             records = "1 record" if size == 1 else f"{size} records"
             inputs.console.say(f"out of memory: going on from the same step with {records} per forward pass")
 
-        decoder, masters, diagnostics = unlearn_layers(
-            recipe,
-            model,
-            inputs.encoded,
-            selection,
-            cache=CachePlan(folder / "activations", resume, inputs.console.say),
-            checkpoint=plan,
-            on_step=on_step,
-            on_resume=on_resume,
-            on_halved=on_halved,
-        )
+        trained: SplitDecoder | WholeModel
+        if whole:
+            trained, masters, diagnostics = unlearn_whole(
+                recipe,
+                model,
+                inputs.encoded,
+                inputs.encoder,
+                checkpoint=plan,
+                on_step=on_step,
+                on_resume=on_resume,
+                on_halved=on_halved,
+            )
+        else:
+            trained, masters, diagnostics = unlearn_layers(
+                recipe,
+                model,
+                inputs.encoded,
+                selection,
+                cache=CachePlan(folder / "activations", resume, inputs.console.say),
+                checkpoint=plan,
+                on_step=on_step,
+                on_resume=on_resume,
+                on_halved=on_halved,
+            )
     inputs.diagnostics.update(diagnostics)
     dtypes = {
         name: TORCH_DTYPES.get(inputs.on_disk[stored].dtype, torch.float32)
@@ -303,7 +320,7 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
             "versions": versions(),
         },
     )
-    return _Trained(decoder.stack_name, as_stored(masters, dtypes), patch)
+    return _Trained(trained.stack_name, as_stored(masters, dtypes), patch)
 
 
 def _score(
@@ -321,7 +338,7 @@ def _select(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedMo
     if selection is None:
         inputs.console.say("selecting layers")
         with inputs.timed("layer_selection"):
-            selection = given_layers(inputs.recipe)
+            selection = given_layers(inputs.recipe, number_of_layers(inputs.config))
             if selection is None:
                 selection = select_layers(
                     inputs.recipe,

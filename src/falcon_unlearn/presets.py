@@ -14,6 +14,40 @@ _PUBLISHED_FALCON: Mapping[str, Any] = {
     "training": {"steps": 80, "batch_size": 4, "modules": "down_proj", "gradients": {"combination": "falcon"}},
 }
 
+
+def _whole(lr: float, **method: Any) -> dict[str, Any]:
+    """All parameters, gradients summed as the papers do; ``lr`` at width 128."""
+    return {
+        "corpus": {"loss_mask": "answer"},
+        "method": method,
+        "selection": {"layers": "all"},
+        "training": {
+            "steps": 60,
+            "batch_size": 16,
+            "modules": "all",
+            "cache": "off",
+            "optimizer": {"name": "adamw", "lr": "auto", "lr_at_width_128": lr},
+            "gradients": {"combination": "sum"},
+        },
+    }
+
+
+def _layer(lr: float, **method: Any) -> dict[str, Any]:
+    """All MLP matrices of one layer; ``lr`` at width 128."""
+    return {
+        "corpus": {"loss_mask": "answer"},
+        "method": method,
+        "selection": {"selector": "sweep", "span": 1},
+        "training": {
+            "steps": 100,
+            "batch_size": 16,
+            "modules": "mlp",
+            "optimizer": {"name": "adamw", "lr": "auto", "lr_at_width_128": lr},
+            "gradients": {"combination": "sum"},
+        },
+    }
+
+
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "falcon": {
         # Chosen on the embedded benchmark with seeds that the README's figures do not use: see docs/science.md.
@@ -57,17 +91,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
     },
     "rmu": {
-        "default": {
-            "corpus": {"loss_mask": "answer"},
-            "selection": {"selector": "sweep", "span": 1},
-            "training": {
-                "steps": 100,
-                "batch_size": 16,
-                "modules": "mlp",
-                "optimizer": {"name": "adamw", "lr": "auto", "lr_at_width_128": 3e-3},
-                "gradients": {"combination": "sum"},
-            },
-        },
+        "default": _layer(3e-3),
         # Zephyr-7B: Li et al. 2024 (layers 5-7, down_proj, c = 6.5, alpha = 1200, 150 batches of 4).
         "paper": {
             "corpus": {"loss_mask": "all"},
@@ -82,6 +106,22 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             },
         },
     },
+    "adaptive_rmu": {"default": _layer(3e-3)},
+    "circuit_breakers": {"default": _layer(3e-3)},
+    "grad_ascent": {"default": _whole(1e-4)},
+    "grad_diff": {"default": _whole(3e-4)},
+    "kl_min": {"default": _whole(3e-4)},
+    "llmu": {"default": _whole(3e-4)},
+    "wga": {"default": _whole(3e-4)},
+    "satimp": {"default": _whole(3e-4)},
+    "ce_u": {"default": _whole(1e-4)},
+    "undial": {"default": _whole(3e-4)},
+    "dpo": {"default": _whole(3e-4)},
+    "npo": {"default": _whole(3e-4)},
+    "simnpo": {"default": _whole(3e-4)},
+    "scrub": {"default": _whole(3e-4)},
+    "ssd": {"default": _whole(3e-4)},
+    "task_vector": {"default": _whole(3e-4)},
 }
 
 

@@ -25,8 +25,8 @@ from falcon_unlearn.selection.sweep import SweepConfig
 class SelectionConfig(Section):
     """Which layers are trained."""
 
-    layers: Literal["auto"] | tuple[int, ...] = "auto"
-    """auto, or layer indices from 0; the largest is the target layer."""
+    layers: Literal["auto", "all"] | tuple[int, ...] = "auto"
+    """auto (chosen in the run), all, or layer indices from 0; the largest is a representation method's target layer."""
     selector: Literal["sweep", "mutual_information"] = "sweep"
     """How auto chooses the target layer."""
     span: int = Field(1, ge=1)
@@ -111,6 +111,14 @@ class Recipe(Section):
     """CPU threads of the computation; empty: torch's own choice. Results repeat exactly only at the same number."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    @model_validator(mode="after")
+    def _layers_of_the_whole_model(self) -> Recipe:
+        if METHODS[self.method.name].kind != "representation" and self.selection.layers == "auto":
+            raise ValueError(
+                f"selection.layers is auto, but {self.method.name} trains no single layer: use all, or name the layers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _streaming_selector(self) -> Recipe:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from falcon_unlearn.artifacts import LayerScore, LayerSelection, MutualInformationCurve, SampleScore, StepRecord
 from falcon_unlearn.console import Console
+from falcon_unlearn.corpus.alternatives import dont_know, random_answers
 from falcon_unlearn.corpus.batching import Encoded, Encoder, LengthReport, LossMask, fit_to_context
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, load_records
@@ -31,8 +32,8 @@ from falcon_unlearn.engine.trainer import (
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.metrics import FORGET_SET
 from falcon_unlearn.evaluation.scoring import answer_log_probabilities, score_set
-from falcon_unlearn.methods import METHODS, Method, Setup
-from falcon_unlearn.model.activation_cache import ActivationCache
+from falcon_unlearn.methods import METHODS, Method, Setup, WholeModel, WholeSetup
+from falcon_unlearn.model.activation_cache import ActivationCache, record_key
 from falcon_unlearn.model.activation_store import ActivationStore
 from falcon_unlearn.model.decoder import SplitDecoder, find_layers, replaced, scope_parameters
 from falcon_unlearn.model.loading import (
@@ -64,6 +65,7 @@ class EncodedCorpus:
         forget: encoded forget records.
         retain: encoded retain records.
         groups: for each domain, one key per record; phrasings of the same answer share a key.
+        records: the records themselves, by ``forget.<domain>`` and ``retain.<domain>``.
         lengths: what happened to records longer than the limit, keyed like
             :class:`~falcon_unlearn.corpus.sources.CorpusReport`.
         loss_mask: which tokens take part in losses and statistics.
@@ -73,6 +75,7 @@ class EncodedCorpus:
     forget: Mapping[str, list[Encoded]]
     retain: Mapping[str, list[Encoded]]
     groups: Mapping[str, list[str]]
+    records: Mapping[str, list[Record]]
     lengths: Mapping[str, LengthReport]
     loss_mask: LossMask
     pad_id: int
@@ -88,6 +91,7 @@ def encode_corpus(recipe: Recipe, corpus: Corpus, encoder: Encoder, config: PreT
     limit = min(settings.max_length or math.inf, context_length(config) or _DEFAULT_CONTEXT)
     sides: dict[str, dict[str, list[Encoded]]] = {"forget": {}, "retain": {}}
     groups: dict[str, list[str]] = {}
+    kept_records: dict[str, list[Record]] = {}
     lengths: dict[str, LengthReport] = {}
     for side, domains in (("forget", corpus.forget), ("retain", corpus.retain)):
         for domain, records in domains.items():
@@ -97,9 +101,16 @@ def encode_corpus(recipe: Recipe, corpus: Corpus, encoder: Encoder, config: PreT
             )
             sides[side][domain] = encoded
             groups[f"{side}.{domain}"] = [record.key[1] for record in kept]
+            kept_records[f"{side}.{domain}"] = kept
             lengths[key] = report
     return EncodedCorpus(
-        sides["forget"], sides["retain"], groups, lengths, settings.loss_mask or "answer", encoder.pad_id
+        sides["forget"],
+        sides["retain"],
+        groups,
+        kept_records,
+        lengths,
+        settings.loss_mask or "answer",
+        encoder.pad_id,
     )
 
 
@@ -184,7 +195,8 @@ def check_layers(recipe: Recipe, config: PreTrainedConfig, shapes: Mapping[str, 
                 f"have {shape}; they do not belong together"
             )
     _, stack = find_layers(model)
-    chosen = recipe.selection.layers if recipe.selection.layers != "auto" else _candidates(recipe, total)
+    layers = recipe.selection.layers
+    chosen = _candidates(recipe, total) if isinstance(layers, str) else layers
     for layer in chosen:
         scope_parameters(stack[layer], recipe.training.modules)
 
@@ -209,10 +221,12 @@ def _candidates(recipe: Recipe, total: int) -> tuple[int, ...]:
     return recipe.selection.candidates or spaced_candidates(total, recipe.selection.max_candidates)
 
 
-def given_layers(recipe: Recipe) -> LayerSelection | None:
+def given_layers(recipe: Recipe, total: int) -> LayerSelection | None:
     """The layers the recipe names, or None where it says ``auto``."""
     if recipe.selection.layers == "auto":
         return None
+    if recipe.selection.layers == "all":
+        return LayerSelection("given", tuple(range(total)), total - 1, "all layers, as the recipe says")
     layers = tuple(sorted(recipe.selection.layers))
     return LayerSelection("given", layers, layers[-1], "given in the recipe")
 
@@ -437,7 +451,7 @@ def _train(
     if complete and own_model:
         decoder.release()
     setup = Setup(decoder, data.first_batches(training.batch_size), loss_mask, recipe.seed)
-    method = METHODS[recipe.method.name].build(recipe.method, setup)
+    method: Method = METHODS[recipe.method.name].build(recipe.method, setup)
     train(
         method,
         masters,
@@ -500,6 +514,93 @@ def unlearn_layers(
         on_halved=on_halved,
     )
     return decoder, masters, method.diagnostics()
+
+
+def unlearn_whole(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    encoded: EncodedCorpus,
+    encoder: Encoder,
+    *,
+    checkpoint: Callable[[Mapping[str, Tensor]], CheckpointPlan],
+    on_step: Callable[[StepRecord], None],
+    on_resume: Callable[[int], None],
+    on_halved: Callable[[int], None],
+) -> tuple[WholeModel, dict[str, Tensor], Mapping[str, Any]]:
+    """Train or edit the whole model, or of it the layers and modules that the recipe names.
+
+    Args:
+        recipe: method and training settings.
+        model: with its head; of no other use afterwards.
+        encoded: the corpus.
+        encoder: for other answers to the forget questions.
+        checkpoint: given the initial masters, says where the state is kept.
+        on_step: called after each step.
+        on_resume: called once with the number of steps that were already done.
+        on_halved: called with the new micro-batch size when memory did not suffice.
+
+    Returns:
+        The model, its trained fp32 tensors by name, and the method's diagnostics.
+
+    Raises:
+        UserError: the method needs questions and answers and the forget records have none.
+    """
+    layers, training = recipe.selection.layers, recipe.training
+    whole = WholeModel(model, None if layers == "all" and training.modules == "all" else _numbers(layers, model),
+                       training.modules)  # fmt: skip
+    data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, model.device)
+    setup = WholeSetup(
+        whole,
+        data.first_batches(training.batch_size),
+        _alternatives(recipe, encoded, encoder),
+        encoded.loss_mask,
+        encoded.pad_id,
+        recipe.seed,
+    )
+    entry = METHODS[recipe.method.name]
+    masters = whole.masters()
+    plan = checkpoint(masters)
+    method = entry.build(recipe.method, setup)
+    if entry.kind == "edit":
+        on_resume(0)
+        method.edit(data.retain_batches(training.batch_size), masters)
+    else:
+        if not method.keeps_reference:
+            whole.release()
+        train(
+            method,
+            masters,
+            data,
+            training,
+            seed=recipe.seed,
+            hidden_size=whole.hidden_size,
+            checkpoint=plan,
+            on_step=on_step,
+            on_resume=on_resume,
+            on_halved=on_halved,
+        )
+    return whole, masters, method.diagnostics()
+
+
+def _numbers(layers: str | Sequence[int], model: PreTrainedModel) -> Sequence[int]:
+    if isinstance(layers, str):
+        return range(number_of_layers(model.config))
+    return layers
+
+
+def _alternatives(recipe: Recipe, encoded: EncodedCorpus, encoder: Encoder) -> dict[str, tuple[Encoded, ...]]:
+    """Other answers to the forget questions, of the kind that the method needs."""
+    kind = METHODS[recipe.method.name].alternatives
+    if kind is None:
+        return {}
+    retain = [record for name, records in encoded.records.items() if name.startswith("retain.") for record in records]
+    return {
+        record_key(item): dont_know(record, encoder, recipe.seed)
+        if kind == "dont_know"
+        else random_answers(record, retain, encoder, recipe.seed)
+        for domain, items in encoded.forget.items()
+        for item, record in zip(items, encoded.records[f"forget.{domain}"], strict=True)
+    }
 
 
 def as_stored(masters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

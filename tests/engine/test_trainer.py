@@ -211,7 +211,7 @@ class Toy:
     def masters():
         return {"a": torch.ones(3, requires_grad=True), "b": torch.ones(2, 2, requires_grad=True)}
 
-    def weight(self, batch):
+    def weight(self, side, batch):
         return len(batch)
 
     def forget_loss(self, step, domain, batch, masters):

@@ -21,7 +21,8 @@ class Record:
     ``text`` records have an empty prompt. ``chat`` records keep all messages; their answer is the last one.
     The optional fields are used by the evaluation only: ``value`` is the exact string a right answer contains,
     ``paraphrased_answer`` and ``perturbed_answers`` feed the truth ratio, ``heldout_question`` is a phrasing
-    that was not trained on, ``entity`` groups records about the same subject.
+    that was not trained on, ``entity`` groups records about the same subject. ``preferred_answers`` are answers that
+    preference methods should teach instead.
     """
 
     kind: Kind
@@ -34,6 +35,7 @@ class Record:
     perturbed_answers: tuple[str, ...] = ()
     heldout_question: str | None = None
     entity: str | None = None
+    preferred_answers: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -90,21 +92,22 @@ def _messages(row: Mapping[str, Any], origin: str) -> tuple[tuple[str, str], ...
     return tuple((m["role"], _encodable(m["content"], "'messages'", origin)) for m in messages)
 
 
-def _perturbed_answers(row: Mapping[str, Any], origin: str) -> tuple[str, ...]:
-    value = row.get("perturbed_answer")
+def _answers(row: Mapping[str, Any], column: str, origin: str) -> tuple[str, ...]:
+    value = row.get(column)
     if value is None or value == "":
         return ()
     answers = [value] if isinstance(value, str) else value
     if not isinstance(answers, Sequence) or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise UserError(f"{origin}: column 'perturbed_answer' must be a text or a list of texts, none of them empty")
-    return tuple(_encodable(answer, "column 'perturbed_answer'", origin) for answer in answers)
+        raise UserError(f"{origin}: column '{column}' must be a text or a list of texts, none of them empty")
+    return tuple(_encodable(answer, f"column '{column}'", origin) for answer in answers)
 
 
 def _optional_fields(row: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return {
         "value": _string(row, "value", origin, required=False),
         "paraphrased_answer": _string(row, "paraphrased_answer", origin, required=False),
-        "perturbed_answers": _perturbed_answers(row, origin),
+        "perturbed_answers": _answers(row, "perturbed_answer", origin),
+        "preferred_answers": _answers(row, "preferred_answer", origin),
         "heldout_question": _string(row, "heldout_question", origin, required=False),
         "entity": _string(row, "entity", origin, required=False),
     }

@@ -94,13 +94,14 @@ class TrainingData:
 
     def first_batches(self, batch_size: int) -> dict[str, list[Batch]]:
         """The forget records of each domain in corpus order, for a method's set-up."""
-        return {
-            domain: [
-                collate(encoded[i : i + batch_size], self.pad_id).to(self.device)
-                for i in range(0, len(encoded), batch_size)
-            ]
-            for domain, encoded in self.forget.items()
-        }
+        return {domain: self._in_order(encoded, batch_size) for domain, encoded in self.forget.items()}
+
+    def retain_batches(self, batch_size: int) -> list[Batch]:
+        """The retain records of all domains in corpus order."""
+        return [batch for encoded in self.retain.values() for batch in self._in_order(encoded, batch_size)]
+
+    def _in_order(self, encoded: Sequence[Encoded], size: int) -> list[Batch]:
+        return [collate(encoded[i : i + size], self.pad_id).to(self.device) for i in range(0, len(encoded), size)]
 
 
 class DivergedError(UserError):
@@ -155,7 +156,7 @@ class _MicroBatches:
 
     def gradients(
         self,
-        loss_of: Callable[[Batch], Tensor],
+        loss_of: Callable[[Batch], Tensor | None],
         weight_of: Callable[[Batch], int],
         batch: Batch,
         parameters: Sequence[Tensor],
@@ -195,7 +196,7 @@ def _free_memory() -> None:
 
 
 def _accumulated(
-    loss_of: Callable[[Batch], Tensor],
+    loss_of: Callable[[Batch], Tensor | None],
     weight_of: Callable[[Batch], int],
     parts: Sequence[Batch],
     parameters: Sequence[Tensor],
@@ -203,16 +204,17 @@ def _accumulated(
     """Loss and gradients of the batch that ``parts`` make up: their weighted means, one graph alive at a time."""
     if len(parts) == 1:
         loss = loss_of(parts[0])
-        return loss.detach(), _gradients(loss, parameters)
+        return _detached(loss), _gradients(loss, parameters)
     weights = [weight_of(part) for part in parts]
     total_loss = torch.zeros((), device=parameters[0].device)
     total: list[Tensor] = []
     for part, weight in zip(parts, weights, strict=True):
         if not weight:
             continue
-        loss = loss_of(part) * (weight / sum(weights))
+        loss = loss_of(part)
+        loss = None if loss is None else loss * (weight / sum(weights))
         gradients = _gradients(loss, parameters)
-        total_loss += loss.detach()
+        total_loss += _detached(loss).to(total_loss)
         del loss
         if total:
             torch._foreach_add_(total, gradients)
@@ -277,10 +279,16 @@ def train(
             began = time.perf_counter()
             domain, forget, retain = data.at(step, config.batch_size, seed)
             forget_loss, forget_gradients = micro.gradients(
-                partial(method.forget_loss, step, domain, masters=masters), method.weight, forget, parameters
+                partial(method.forget_loss, step, domain, masters=masters),
+                partial(method.weight, "forget"),
+                forget,
+                parameters,
             )
             retain_loss, retain_gradients = micro.gradients(
-                partial(method.retain_loss, step, masters=masters), method.weight, retain, parameters
+                partial(method.retain_loss, step, masters=masters),
+                partial(method.weight, "retain"),
+                retain,
+                parameters,
             )
             combined, statistics = combine(forget_gradients, retain_gradients, config.gradients)
             record = StepRecord(
@@ -314,8 +322,14 @@ def train(
     save(config.steps)
 
 
-def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+def _detached(loss: Tensor | None) -> Tensor:
+    return torch.zeros(()) if loss is None else loss.detach()
+
+
+def _gradients(loss: Tensor | None, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Gradients that may be written to: each has memory of its own."""
+    if loss is None:
+        return [torch.zeros_like(parameter) for parameter in parameters]
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     result, taken = [], set()
     for gradient, parameter in zip(found, parameters, strict=True):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from falcon_unlearn.corpus.batching import Batch, LossMask
+from falcon_unlearn.corpus.batching import Batch, Encoded, LossMask, collate
+from falcon_unlearn.methods.whole_model import WholeModel
+from falcon_unlearn.model.activation_cache import record_key
 from falcon_unlearn.model.decoder import SplitDecoder
+
+Side = Literal["forget", "retain"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,62 @@ class Setup:
     seed: int
 
 
+@dataclass(frozen=True)
+class WholeSetup:
+    """What a method on the whole model may look at before training.
+
+    Attributes:
+        model: the whole model.
+        forget_batches: all forget records per domain, in batches, in the order of the corpus.
+        alternatives: other answers to the questions of the forget records, by
+            :func:`~falcon_unlearn.model.activation_cache.record_key`; of the kind the method's entry asks for.
+        loss_mask: which tokens take part in losses; padding never does.
+        pad_id: token to pad with.
+        seed: everything random in a method is a function of this seed and the step.
+    """
+
+    model: WholeModel
+    forget_batches: Mapping[str, Sequence[Batch]]
+    alternatives: Mapping[str, tuple[Encoded, ...]]
+    loss_mask: LossMask
+    pad_id: int
+    seed: int
+
+    def alternative(self, step: int, batch: Batch) -> Batch:
+        """Another answer for every record of ``batch``; the next one of each with every step."""
+        chosen = []
+        for record in batch.records:
+            options = self.alternatives[record_key(record)]
+            chosen.append(options[step % len(options)])
+        return collate(chosen, self.pad_id).to(batch.input_ids.device)
+
+
+class Editor(Protocol):
+    """A method that does not train step by step but changes the weights by a rule of its own."""
+
+    def edit(self, retain_batches: Sequence[Batch], masters: Mapping[str, Tensor]) -> None:
+        """Change ``masters`` in place.
+
+        Args:
+            retain_batches: all retain records, in batches.
+            masters: the tensors in scope by name, fp32 leaves.
+        """
+        ...
+
+    def diagnostics(self) -> Mapping[str, Any]:
+        """What the edit found, as JSON: it goes into the run's provenance."""
+        ...
+
+
 class Method(Protocol):
     """A method that is set up and ready to give losses.
 
     The two losses are always apart: the engine decides how their gradients are combined. Each is a mean over
-    :meth:`weight` things, so that the engine can cut a batch into micro-batches and add up their gradients.
+    :meth:`weight` things, so that the engine can cut a batch into micro-batches and add up their gradients. None
+    stands for no such loss at this step.
     """
 
-    def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
+    def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor | None:
         """Forward pass and objective on a forget batch.
 
         Args:
@@ -48,12 +100,12 @@ class Method(Protocol):
         """
         ...
 
-    def retain_loss(self, step: int, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
+    def retain_loss(self, step: int, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor | None:
         """Forward pass and objective on a retain batch."""
         ...
 
-    def weight(self, batch: Batch) -> int:
-        """Over how many things (tokens, records) the losses on ``batch`` are means."""
+    def weight(self, side: Side, batch: Batch) -> int:
+        """Over how many things (tokens, records) the forget or the retain loss on ``batch`` is a mean."""
         ...
 
     def diagnostics(self) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch
-from falcon_unlearn.methods.base import Setup, generator_for, masked_activations
+from falcon_unlearn.methods.base import Setup, Side, generator_for, masked_activations
 from falcon_unlearn.objectives.representation import squared_distance
 
 
@@ -56,8 +56,8 @@ class Rmu:
         """The steering coefficient of each domain."""
         return {domain: {"steering_coefficient": c} for domain, c in self._coefficients.items()}
 
-    def weight(self, batch: Batch) -> int:
-        """Counted tokens."""
+    def weight(self, side: Side, batch: Batch) -> int:
+        """Counted tokens, on both sides."""
         return int(batch.loss_mask(self._setup.loss_mask).sum())
 
     def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
