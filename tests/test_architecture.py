@@ -39,6 +39,8 @@ LAYERS = (
     ("run_folder",),
     ("pipeline",),
     ("embedded", "api", "doctor"),
+    ("grid",),
+    ("compare",),
     ("cli",),
     ("__main__",),
 )

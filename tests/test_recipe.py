@@ -256,7 +256,7 @@ def test_all_mistakes_are_told_at_once_each_with_line_key_value_and_hint(write):
 @pytest.mark.parametrize(
     ("change", "key_and_value", "expected"),
     [
-        ("method: falcn", "method", "unknown method 'falcn' (did you mean 'falcon'?); known: falcon, rmu"),
+        ("method: falcn", "method", f"unknown method 'falcn' (did you mean 'falcon'?); known: {', '.join(METHODS)}"),
         ("method: 5", "method is 5", MAPPING),
         ("method:", "method is empty", MAPPING),
         ("method: {preset: papr}", "method.preset is 'papr'", f"{CHOICE} {PRESETS_OF_FALCON} (did you mean 'paper'?)"),
@@ -266,7 +266,7 @@ def test_all_mistakes_are_told_at_once_each_with_line_key_value_and_hint(write):
         ("selection: {layers: [1, 1]}", "selection.layers is [1, 1]", LAYERS),
         ("selection: {layers: []}", "selection.layers is []", LAYERS),
         ("selection: {candidates: []}", "selection.candidates is []", LAYERS),
-        ("selection: {layers: 3}", "selection.layers is 3", f"{CHOICE} 'auto' / expected a list"),
+        ("selection: {layers: 3}", "selection.layers is 3", f"{CHOICE} 'auto' or 'all' / expected a list"),
         ("selection: {layers: [a, 2]}", "selection.layers.0 is 'a'", INTEGER),
         ("seed: abc", "seed is 'abc'", INTEGER),
         ("evaluation: {utility: {a: {splt: y, source: x}}}", "evaluation.utility.a.splt is 'y'", SPLIT),

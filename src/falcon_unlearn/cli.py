@@ -72,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     patch.add_argument("--out", metavar="DIR", help="where the resulting checkpoint goes (revert: in place without it)")
     patch.add_argument("--link", action="store_true", help="apply: hard-link untouched files instead of copying them")
 
+    compare = add("compare", "run recipes, or a grid of methods and seeds, into one table and one figure", _compare)
+    compare.add_argument("recipes", nargs="*", metavar="RECIPE.yaml", help="one row each")
+    compare.add_argument("--grid", metavar="GRID.yaml", help="rows times seeds, tuned alike: see docs/methods.md")
+    compare.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that share the work (default: 1)"
+    )
+    compare.add_argument(
+        "--out", metavar="DIR", help="where the table goes (default: the grid's output, or runs/compare)"
+    )
+
     report = add("report", "write report.html of a run folder again", _report)
     report.add_argument("run", metavar="RUN_DIR")
 
@@ -299,6 +309,32 @@ def _patch_info(patch: Any, *, as_json: bool) -> int:
         if not isinstance(value, Mapping):
             print(f"{key:12} {value}")
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.compare import run_plan
+    from falcon_unlearn.grid import load_grid, plan_grid, plan_recipes
+    from falcon_unlearn.report.comparison import comparison_table
+
+    if (arguments.grid is None) != bool(arguments.recipes):
+        raise UserError("compare: name some recipes, or a grid with --grid")
+    if arguments.workers < 1:
+        raise UserError(f"compare: --workers {arguments.workers}: at least 1")
+    console = _console(arguments)
+    if arguments.grid is not None:
+        path = Path(arguments.grid)
+        grid = load_grid(path)
+        grid = grid if arguments.out is None else grid.model_copy(update={"output": arguments.out})
+        plan = plan_grid(grid, path, console)
+    else:
+        plan = plan_recipes([Path(name) for name in arguments.recipes], Path(arguments.out or "runs/compare"))
+    comparison = run_plan(plan, console, workers=arguments.workers)
+    if arguments.json:
+        _print_json({"output": str(plan.output), "comparison": comparison})
+    else:
+        print(comparison_table(comparison))
+        print(f"table   {plan.output / 'table.md'}\nfigure  {plan.output / 'pareto.svg'}")
+    return 1 if comparison.defects else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

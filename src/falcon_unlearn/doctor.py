@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-EXTRAS = {"scikit-learn": "sklearn", "pytest": "pytest", "hypothesis": "hypothesis"}
+TEST_PACKAGES = {"scikit-learn": "sklearn", "pytest": "pytest", "hypothesis": "hypothesis"}
+EXTRAS = {"sweep": "optuna", "lora": "peft", "bitsandbytes": "bitsandbytes"}
+"""Extra -> the package it brings."""
 
 
 def examine() -> dict[str, Any]:
@@ -38,7 +40,10 @@ def examine() -> dict[str, Any]:
     if not data.is_dir():
         advice.append("no TOFU data: some tests are skipped; set FALCON_UNLEARN_DATA to a folder with tofu/*.jsonl")
     facts["demo cache"] = str(cache_folder())
-    missing = [name for name, module in EXTRAS.items() if importlib.util.find_spec(module) is None]
+    for extra, module in EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        facts[f"extra {extra}"] = "installed" if there else f"not installed: pip install 'falcon-unlearn[{extra}]'"
+    missing = [name for name, module in TEST_PACKAGES.items() if importlib.util.find_spec(module) is None]
     facts["test extra"] = "installed" if not missing else f"missing {', '.join(missing)}"
     if missing:
         advice.append("the tests need more: pip install '.[test]'")

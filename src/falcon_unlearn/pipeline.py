@@ -26,8 +26,8 @@ from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, content_hash, load_corpus
 from falcon_unlearn.engine.trainer import CheckpointPlan, InterruptedTrainingError
 from falcon_unlearn.evaluation.metrics import FORGET_SET, compute_metrics
-from falcon_unlearn.methods import METHODS, WholeModel
-from falcon_unlearn.model.decoder import SplitDecoder, renamed_to, replaced
+from falcon_unlearn.methods import METHODS
+from falcon_unlearn.model.decoder import renamed_to, replaced
 from falcon_unlearn.model.disk_names import TORCH_DTYPES, to_disk
 from falcon_unlearn.model.loading import (
     ModelSource,
@@ -259,8 +259,8 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
 
     with inputs.console.bar(recipe.training.steps, "unlearning") as bar:
 
-        def plan(masters: Mapping[str, Tensor]) -> CheckpointPlan:
-            to_disk(model, masters, inputs.on_disk)  # what cannot be patched should fail now, not after training
+        def plan(masters: Mapping[str, Tensor], changing: Mapping[str, Tensor]) -> CheckpointPlan:
+            to_disk(model, changing, inputs.on_disk)  # what cannot be patched should fail now, not after training
             equal = _fingerprint(inputs, selection, masters)
             return CheckpointPlan(folder / "checkpoint.safetensors", equal, resume=resume)
 
@@ -277,9 +277,8 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
             records = "1 record" if size == 1 else f"{size} records"
             inputs.console.say(f"out of memory: going on from the same step with {records} per forward pass")
 
-        trained: SplitDecoder | WholeModel
         if whole:
-            trained, masters, diagnostics = unlearn_whole(
+            trained = unlearn_whole(
                 recipe,
                 model,
                 inputs.encoded,
@@ -290,7 +289,7 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
                 on_halved=on_halved,
             )
         else:
-            trained, masters, diagnostics = unlearn_layers(
+            trained = unlearn_layers(
                 recipe,
                 model,
                 inputs.encoded,
@@ -301,16 +300,18 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
                 on_resume=on_resume,
                 on_halved=on_halved,
             )
-    inputs.diagnostics.update(diagnostics)
+    inputs.diagnostics.update(trained.diagnostics)
+    if trained.save_adapter is not None and recipe.training.lora is not None and recipe.training.lora.keep_adapter:
+        trained.save_adapter(folder / "adapter", recipe.model)
     dtypes = {
         name: TORCH_DTYPES.get(inputs.on_disk[stored].dtype, torch.float32)
-        for name, value in masters.items()
+        for name, value in trained.tensors.items()
         for stored in to_disk(model, {name: value}, inputs.on_disk)
     }
     patch = write_patch(
         folder / "patch",
         inputs.source.folder,
-        to_disk(model, masters, inputs.on_disk),
+        to_disk(model, trained.tensors, inputs.on_disk),
         recipe.model,
         {
             "recipe": recipe.model_dump(mode="json"),
@@ -320,7 +321,7 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
             "versions": versions(),
         },
     )
-    return _Trained(trained.stack_name, as_stored(masters, dtypes), patch)
+    return _Trained(trained.stack_name, as_stored(trained.tensors, dtypes), patch)
 
 
 def _score(

@@ -26,7 +26,10 @@ class SelectionConfig(Section):
     """Which layers are trained."""
 
     layers: Literal["auto", "all"] | tuple[int, ...] = "auto"
-    """auto (chosen in the run), all, or layer indices from 0; the largest is a representation method's target layer."""
+    """auto (chosen in the run; all for a method on the whole model), all, or layer indices from 0.
+
+    The largest is a representation method's target layer.
+    """
     selector: Literal["sweep", "mutual_information"] = "sweep"
     """How auto chooses the target layer."""
     span: int = Field(1, ge=1)
@@ -113,11 +116,9 @@ class Recipe(Section):
     """Run Python code that comes with the model."""
 
     @model_validator(mode="after")
-    def _layers_of_the_whole_model(self) -> Recipe:
-        if METHODS[self.method.name].kind != "representation" and self.selection.layers == "auto":
-            raise ValueError(
-                f"selection.layers is auto, but {self.method.name} trains no single layer: use all, or name the layers"
-            )
+    def _adapters_are_trained(self) -> Recipe:
+        if METHODS[self.method.name].kind == "edit" and self.training.lora is not None:
+            raise ValueError(f"training.lora: {self.method.name} edits the weights themselves: leave lora out")
         return self
 
     @model_validator(mode="after")
@@ -264,11 +265,12 @@ def _mistakes(error: ValidationError, raw: Mapping[str, Any], where: str, places
         if any(other.startswith(f"{key}.") for other in messages):
             continue  # another branch of a union: the deeper message is about the one that was meant
         place = next((places[k] for k in (key, key.rpartition(".")[0]) if k in places), where)
-        result.append(f"{place}: {key}{given[key]}: {' / '.join(dict.fromkeys(reasons))}")
+        subject = f"{key}{given[key]}: " if key else ""  # a mistake of the whole names its keys itself
+        result.append(f"{place}: {subject}{' / '.join(dict.fromkeys(reasons))}")
     return result
 
 
-def _key_places(text: str, where: str) -> dict[str, str]:
+def key_places(text: str, where: str) -> dict[str, str]:
     """``file:line`` of each dotted key of a YAML document.
 
     Raises:
@@ -335,7 +337,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {path}: {reason}") from error
     try:
         raw = yaml.safe_load(text)
-        places = _key_places(text, str(path))
+        places = key_places(text, str(path))
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)

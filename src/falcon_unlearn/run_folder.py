@@ -41,7 +41,10 @@ _RESULTS = (
 _ORACLE_SCORES = "scores/oracle.jsonl"
 WORKING_FILES = ("checkpoint.safetensors", "activations", "activations.json")
 """What a resumed run goes on from; removed at the end."""
-_CONTENT = frozenset((*_RESULTS, _ORACLE_SCORES, "patch", "scores", "patch/original.safetensors", *WORKING_FILES))
+_ADAPTER = ("adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+_CONTENT = frozenset(
+    (*_RESULTS, _ORACLE_SCORES, "patch", "scores", "patch/original.safetensors", *_ADAPTER, *WORKING_FILES)
+)
 _NOT_COMPARED = ("output", "report", "device")
 
 

@@ -43,6 +43,7 @@ from falcon_unlearn.model.loading import (
     quiet_transformers,
     resolve_device,
 )
+from falcon_unlearn.model.lora import ADAPTER_TENSORS, Adapters, add_adapters, linear_modules
 from falcon_unlearn.model.skeleton import open_skeleton
 from falcon_unlearn.selection.activations import layer_means, streamed_layer_means
 from falcon_unlearn.selection.mutual_information import EstimationError, curve, statements
@@ -199,6 +200,8 @@ def check_layers(recipe: Recipe, config: PreTrainedConfig, shapes: Mapping[str, 
     chosen = _candidates(recipe, total) if isinstance(layers, str) else layers
     for layer in chosen:
         scope_parameters(stack[layer], recipe.training.modules)
+        if recipe.training.lora is not None:
+            linear_modules(model, (layer,), recipe.training.modules)
 
 
 def _without_weights(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
@@ -222,12 +225,13 @@ def _candidates(recipe: Recipe, total: int) -> tuple[int, ...]:
 
 
 def given_layers(recipe: Recipe, total: int) -> LayerSelection | None:
-    """The layers the recipe names, or None where it says ``auto``."""
-    if recipe.selection.layers == "auto":
+    """The layers the recipe names, or None where they are to be chosen."""
+    named = recipe.selection.layers
+    if named == "auto" and METHODS[recipe.method.name].kind == "representation":
         return None
-    if recipe.selection.layers == "all":
-        return LayerSelection("given", tuple(range(total)), total - 1, "all layers, as the recipe says")
-    layers = tuple(sorted(recipe.selection.layers))
+    if isinstance(named, str):
+        return LayerSelection("given", tuple(range(total)), total - 1, "all layers")
+    layers = tuple(sorted(named))
     return LayerSelection("given", layers, layers[-1], "given in the recipe")
 
 
@@ -378,18 +382,22 @@ def _sweep(
 
         def trial(layer: int) -> TrialOutcome:
             layers = range(max(0, layer - recipe.selection.span + 1), layer + 1)
-            decoder = SplitDecoder(model, tuple(layers), recipe.training.modules)
+            adapters, scope = _scope(recipe, model, layers)
+            decoder = SplitDecoder(model, tuple(layers), scope)
             masters = decoder.masters()
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     kept = CachePlan(Path(folder) / "activations", resume=False, say=lambda _: None)
                     _train(recipe, trial_training, decoder, masters, data, loss_mask=encoded.loss_mask, cache=kept)
+                with replaced(model, masters):
+                    after = {side: probability(side) for side in held}
             except DivergedError:
                 return TrialOutcome(math.nan, math.nan)
             except InterruptedTrainingError as stop:
                 raise KeyboardInterrupt from stop  # a trial keeps no state
-            with replaced(model, masters):
-                after = {side: probability(side) for side in held}
+            finally:
+                if adapters is not None:
+                    adapters.remove()
             bar.update()
             return TrialOutcome(after["forget"] / before["forget"], after["retain"] / before["retain"])
 
@@ -467,6 +475,49 @@ def _train(
     return method
 
 
+def _scope(
+    recipe: Recipe, model: PreTrainedModel, layers: Sequence[int]
+) -> tuple[Adapters | None, str | tuple[str, ...]]:
+    """The adapters, put into ``model``, or None; and which parameters of the layers are trained."""
+    training = recipe.training
+    if training.lora is None:
+        return None, training.modules
+    return add_adapters(model, training.lora, layers, training.modules, recipe.seed), ADAPTER_TENSORS
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What training left.
+
+    Attributes:
+        stack_name: of the model's layer stack, for :func:`falcon_unlearn.model.decoder.renamed_to`.
+        tensors: the changed fp32 tensors by name, adapters merged.
+        diagnostics: the method's.
+        save_adapter: writes the adapters into a folder, given the base model's name; None without adapters.
+    """
+
+    stack_name: str
+    tensors: Mapping[str, Tensor]
+    diagnostics: Mapping[str, Any]
+    save_adapter: Callable[[Path, str], None] | None
+
+
+def _unlearned(
+    trained: SplitDecoder | WholeModel,
+    masters: Mapping[str, Tensor],
+    adapters: Adapters | None,
+    diagnostics: Mapping[str, Any],
+) -> Unlearned:
+    if adapters is None:
+        return Unlearned(trained.stack_name, masters, diagnostics, None)
+    return Unlearned(
+        trained.stack_name,
+        adapters.merged(masters),
+        diagnostics,
+        lambda folder, base_model: adapters.save(folder, masters, base_model),
+    )
+
+
 def unlearn_layers(
     recipe: Recipe,
     model: PreTrainedModel,
@@ -474,11 +525,11 @@ def unlearn_layers(
     selection: LayerSelection,
     *,
     cache: CachePlan,
-    checkpoint: Callable[[Mapping[str, Tensor]], CheckpointPlan],
+    checkpoint: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], CheckpointPlan],
     on_step: Callable[[StepRecord], None],
     on_resume: Callable[[int], None],
     on_halved: Callable[[int], None],
-) -> tuple[SplitDecoder, dict[str, Tensor], Mapping[str, Any]]:
+) -> Unlearned:
     """Train the selected layers of ``model``.
 
     Args:
@@ -487,18 +538,16 @@ def unlearn_layers(
         encoded: the corpus.
         selection: which layers.
         cache: where frozen activations are kept beyond the memory for them.
-        checkpoint: given the initial masters, says where the state is kept.
+        checkpoint: given the initial masters and the tensors that will change, says where the state is kept.
         on_step: called after each step.
         on_resume: called once with the number of steps that were already done.
         on_halved: called with the new micro-batch size when memory did not suffice.
-
-    Returns:
-        The split decoder, its trained fp32 tensors by name, and the method's diagnostics.
     """
-    decoder = SplitDecoder(model, selection.layers, recipe.training.modules)
+    adapters, scope = _scope(recipe, model, selection.layers)
+    decoder = SplitDecoder(model, selection.layers, scope)
     masters = decoder.masters()
     data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, model.device)
-    plan = checkpoint(masters)
+    plan = checkpoint(masters, masters if adapters is None else adapters.originals())
     method = _train(
         recipe,
         recipe.training,
@@ -513,7 +562,7 @@ def unlearn_layers(
         on_resume=on_resume,
         on_halved=on_halved,
     )
-    return decoder, masters, method.diagnostics()
+    return _unlearned(decoder, masters, adapters, method.diagnostics())
 
 
 def unlearn_whole(
@@ -522,11 +571,11 @@ def unlearn_whole(
     encoded: EncodedCorpus,
     encoder: Encoder,
     *,
-    checkpoint: Callable[[Mapping[str, Tensor]], CheckpointPlan],
+    checkpoint: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], CheckpointPlan],
     on_step: Callable[[StepRecord], None],
     on_resume: Callable[[int], None],
     on_halved: Callable[[int], None],
-) -> tuple[WholeModel, dict[str, Tensor], Mapping[str, Any]]:
+) -> Unlearned:
     """Train or edit the whole model, or of it the layers and modules that the recipe names.
 
     Args:
@@ -534,20 +583,18 @@ def unlearn_whole(
         model: with its head; of no other use afterwards.
         encoded: the corpus.
         encoder: for other answers to the forget questions.
-        checkpoint: given the initial masters, says where the state is kept.
+        checkpoint: given the initial masters and the tensors that will change, says where the state is kept.
         on_step: called after each step.
         on_resume: called once with the number of steps that were already done.
         on_halved: called with the new micro-batch size when memory did not suffice.
-
-    Returns:
-        The model, its trained fp32 tensors by name, and the method's diagnostics.
 
     Raises:
         UserError: the method needs questions and answers and the forget records have none.
     """
     layers, training = recipe.selection.layers, recipe.training
-    whole = WholeModel(model, None if layers == "all" and training.modules == "all" else _numbers(layers, model),
-                       training.modules)  # fmt: skip
+    adapters, scope = _scope(recipe, model, _numbers(layers, model))
+    everything = isinstance(layers, str) and scope == "all"
+    whole = WholeModel(model, None if everything else _numbers(layers, model), scope)
     data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, model.device)
     setup = WholeSetup(
         whole,
@@ -556,10 +603,11 @@ def unlearn_whole(
         encoded.loss_mask,
         encoded.pad_id,
         recipe.seed,
+        len(encoded.retain),
     )
     entry = METHODS[recipe.method.name]
     masters = whole.masters()
-    plan = checkpoint(masters)
+    plan = checkpoint(masters, masters if adapters is None else adapters.originals())
     method = entry.build(recipe.method, setup)
     if entry.kind == "edit":
         on_resume(0)
@@ -579,7 +627,7 @@ def unlearn_whole(
             on_resume=on_resume,
             on_halved=on_halved,
         )
-    return whole, masters, method.diagnostics()
+    return _unlearned(whole, masters, adapters, method.diagnostics())
 
 
 def _numbers(layers: str | Sequence[int], model: PreTrainedModel) -> Sequence[int]:
@@ -594,10 +642,11 @@ def _alternatives(recipe: Recipe, encoded: EncodedCorpus, encoder: Encoder) -> d
     if kind is None:
         return {}
     retain = [record for name, records in encoded.records.items() if name.startswith("retain.") for record in records]
+    limit = min(report.limit for report in encoded.lengths.values())
     return {
-        record_key(item): dont_know(record, encoder, recipe.seed)
+        record_key(item): dont_know(record, encoder, recipe.seed, limit=limit)
         if kind == "dont_know"
-        else random_answers(record, retain, encoder, recipe.seed)
+        else random_answers(record, retain, encoder, recipe.seed, limit=limit)
         for domain, items in encoded.forget.items()
         for item, record in zip(items, encoded.records[f"forget.{domain}"], strict=True)
     }
@@ -611,10 +660,14 @@ def as_stored(masters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) 
 def describe_training(recipe: Recipe, hidden_size: int) -> str:
     """One line: steps, batch, optimiser and the learning rate in force."""
     training = recipe.training
+    what = f"{recipe.method.name} ({recipe.method.preset})"
+    if METHODS[recipe.method.name].kind == "edit":
+        return f"{what}, {training.modules}"
     rate = learning_rate(training.optimizer, hidden_size)
+    lora = "" if training.lora is None else f", LoRA of rank {training.lora.rank}"
     return (
-        f"{recipe.method.name} ({recipe.method.preset}), {training.steps} steps of {training.batch_size}, "
-        f"{training.optimizer.name} at {rate:.2g}, {training.modules}"
+        f"{what}, {training.steps} steps of {training.batch_size}, {training.optimizer.name} at {rate:.2g}, "
+        f"{training.modules}{lora}"
     )
 
 

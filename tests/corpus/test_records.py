@@ -52,6 +52,26 @@ def test_fields_of_the_evaluation():
     assert record_from_row({**row, "perturbed_answer": "w"}, "x").perturbed_answers == ("w",)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("I can't say.", ("I can't say.",)),
+        (["I can't say.", "Who?"], ("I can't say.", "Who?")),
+        ([], ()),
+        ("", ()),
+        (None, ()),
+    ],
+)
+@pytest.mark.parametrize(
+    "row", [{"question": "q", "answer": "a"}, {"prompt": "p", "completion": "c"}, {"messages": [USER, ASSISTANT]}]
+)
+def test_preferred_answers(row, given, expected):
+    record = record_from_row({**row, "preferred_answer": given}, "x")
+    assert record.preferred_answers == expected
+    assert record_from_row(row, "x").preferred_answers == ()
+    assert record.key == record_from_row(row, "x").key
+
+
 @pytest.mark.parametrize("field", ["value", "paraphrased_answer", "heldout_question", "entity"])
 @pytest.mark.parametrize("blank", ["", " ", None])
 def test_a_blank_optional_field_is_absent(field, blank):
@@ -72,6 +92,13 @@ def test_a_blank_optional_field_is_absent(field, blank):
         ({"question": "q", "answer": "a", "value": 3}, "column 'value' is int, not text"),
         ({"question": "q", "answer": "a", "perturbed_answer": 3}, "'perturbed_answer' must be"),
         ({"question": "q", "answer": "a", "perturbed_answer": ["w", None]}, "'perturbed_answer' must be"),
+        ({"question": "q", "answer": "a", "preferred_answer": 3}, "'preferred_answer' must be"),
+        ({"question": "q", "answer": "a", "preferred_answer": " "}, "'preferred_answer' must be"),
+        ({"question": "q", "answer": "a", "preferred_answer": ["w", ""]}, "none of them empty"),
+        (
+            {"question": "q", "answer": "a", "preferred_answer": "\ud83d"},
+            "'preferred_answer' holds half of a surrogate",
+        ),
         ({"messages": "hi"}, "'messages' must be a list of {role, content} objects"),
         ({"messages": []}, "'messages' must be a list"),
         ({"messages": [{"role": "user"}]}, "'messages' must be a list"),

@@ -1,5 +1,7 @@
 import itertools
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from falcon_unlearn.engine.optimizers import OptimizerConfig, Sophia, build_optimizer, learning_rate, scheduled
+from falcon_unlearn.engine.optimizers import (
+    OptimizerConfig,
+    Sophia,
+    build_optimizer,
+    learning_rate,
+    restore_state,
+    scheduled,
+    state_tensors,
+)
+from falcon_unlearn.errors import UserError
 
 BETAS = (0.965, 0.99)
 
@@ -245,3 +256,117 @@ class TestBuild:
     def test_unusable_settings_are_refused(self, bad):
         with pytest.raises(ValidationError):
             OptimizerConfig.model_validate(bad)
+
+
+class OnCuda(torch.Tensor):
+    device = torch.device("cuda")
+
+
+class FakePaged(torch.optim.Optimizer):
+    """As bitsandbytes' do: momentum in a buffer of its own, a table all share, a plain number of steps."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        self.table = torch.arange(4.0)
+
+    def init_state(self, group, p, gindex, pindex):
+        assert self.param_groups[gindex]["params"][pindex] is p
+        self.state[p] = {"step": 0, "state1": torch.zeros_like(p), "qmap1": self.table}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]):
+                if not self.state[p]:
+                    self.init_state(group, p, 0, index)
+                state = self.state[p]
+                state["step"] += 1
+                state["state1"].mul_(0.9).add_(p.grad)
+                p.sub_(state["state1"], alpha=group["lr"] / state["step"])
+
+
+class TestPaged:
+    NAMES = ("paged_adamw_32bit", "paged_adamw_8bit")
+
+    def build(self, name, parameter):
+        config = OptimizerConfig(name=name, lr=1e-3, betas=(0.8, 0.9), weight_decay=0.2)
+        return build_optimizer(config, iter([parameter]), hidden_size=64, batch_size=4)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_without_cuda_it_says_so(self, name):
+        with pytest.raises(UserError, match=rf"optimizer.name {name} needs CUDA, this runs on cpu: use adamw"):
+            self.build(name, torch.ones(2, requires_grad=True))
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_without_the_package_it_names_the_extra(self, name, monkeypatch):
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.raises(UserError, match=r"pip install 'falcon-unlearn\[bitsandbytes\]'"):
+            self.build(name, torch.ones(2).as_subclass(OnCuda).requires_grad_())
+
+    @pytest.mark.parametrize(
+        ("name", "bits"), [("paged_adamw_32bit", "PagedAdamW32bit"), ("paged_adamw_8bit", "PagedAdamW8bit")]
+    )
+    def test_it_gets_the_settings(self, name, bits, monkeypatch):
+        fake = SimpleNamespace(optim=SimpleNamespace(**{bits: FakePaged}))
+        monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
+        parameter = torch.ones(2).as_subclass(OnCuda).requires_grad_()
+        optimizer = self.build(name, parameter)
+        assert isinstance(optimizer, FakePaged)
+        group = optimizer.param_groups[0]
+        assert group["params"][0] is parameter
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.8, 0.9), 0.2)
+
+    def advance(self, parameters, optimizer, steps):
+        for step in steps:
+            for i, parameter in enumerate(parameters):
+                parameter.grad = gradients(1, size=3, seed=10 * step + i)[0]
+            optimizer.step()
+
+    def test_its_state_goes_into_its_own_buffers(self):
+        parameters = [torch.ones(3, requires_grad=True) for _ in range(2)]
+        optimizer = FakePaged(parameters)
+        assert state_tensors(optimizer, parameters[0]) == {}
+        self.advance(parameters, optimizer, range(3))
+        saved = [{k: v.clone() for k, v in state_tensors(optimizer, p).items()} for p in parameters]
+        assert all(state.keys() == {"step", "state1"} and int(state["step"]) == 3 for state in saved)
+        resumed = [p.detach().clone().requires_grad_() for p in parameters]
+        other = FakePaged(resumed)
+        for parameter, state in zip(resumed, saved, strict=True):
+            restore_state(other, parameter, state)
+            assert other.state[parameter]["state1"] is not state["state1"]
+            assert other.state[parameter]["step"] == 3
+            assert isinstance(other.state[parameter]["step"], int)
+            assert other.state[parameter]["qmap1"] is other.table
+        self.advance(parameters, optimizer, range(3, 6))
+        self.advance(resumed, other, range(3, 6))
+        assert all(torch.equal(a, b) for a, b in zip(parameters, resumed, strict=True))
+
+    @pytest.mark.parametrize("bits", ["PagedAdamW32bit", "PagedAdamW8bit"])
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_the_real_one_goes_on_bit_for_bit(self, bits):
+        """On the CPU bitsandbytes computes the same without paging."""
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+
+        def fresh(values):
+            parameters = [value.detach().clone().requires_grad_() for value in values]
+            return parameters, getattr(bitsandbytes.optim, bits)(parameters, lr=1e-2)
+
+        def advance(parameters, optimizer, steps):
+            for step in steps:
+                for i, parameter in enumerate(parameters):
+                    parameter.grad = gradients(1, size=len(parameter), seed=10 * step + i)[0]
+                optimizer.step()
+
+        parameters, optimizer = fresh([start(5000), start(5000), start(7)])  # the small one stays in 32 bits
+        advance(parameters, optimizer, range(3))
+        resumed, other = fresh(parameters)
+        for before, after in zip(parameters, resumed, strict=True):
+            restore_state(other, after, {k: v.clone() for k, v in state_tensors(optimizer, before).items()})
+        advance(parameters, optimizer, range(3, 6))
+        advance(resumed, other, range(3, 6))
+        assert all(torch.equal(a, b) for a, b in zip(parameters, resumed, strict=True))
+        restarted, forgetful = fresh([start(5000), start(5000), start(7)])
+        advance(restarted, forgetful, range(3))
+        forgetful.state.clear()
+        advance(restarted, forgetful, range(3, 6))
+        assert not torch.equal(parameters[0], restarted[0])

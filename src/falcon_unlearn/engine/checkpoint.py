@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from falcon_unlearn.artifacts import replacing
+from falcon_unlearn.engine.optimizers import restore_state, state_tensors
 from falcon_unlearn.errors import UserError
 
 
@@ -35,18 +36,15 @@ def save_checkpoint(
         progress: how far training is.
         fingerprint: hash of everything that must be equal to go on from here.
         masters: trained tensors, in the order the optimiser got them.
-        optimizer: its per-parameter state must consist of tensors.
+        optimizer: from :func:`falcon_unlearn.engine.optimizers.build_optimizer`.
 
     Raises:
         UserError: the disk is full.
     """
     tensors = {f"master/{name}": value.detach().cpu().contiguous() for name, value in masters.items()}
     for name, parameter in masters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if value is None:
-                continue
-            assert isinstance(value, Tensor), f"optimizer state {key} is no tensor"
-            tensors[f"optimizer/{key}/{name}"] = value.detach().cpu().contiguous()
+        for key, value in state_tensors(optimizer, parameter).items():
+            tensors[f"optimizer/{key}/{name}"] = value.cpu().contiguous()
     state = {**dataclasses.asdict(progress), "fingerprint": fingerprint}
     try:
         with replacing(path) as temporary:
@@ -85,9 +83,5 @@ def load_checkpoint(
             for key, value in tensors.items()
             if key.startswith("optimizer/") and key.split("/", 2)[2] == name
         }
-        if saved:
-            # Optimisers keep their step count on the CPU and moments beside the parameter.
-            optimizer.state[parameter] = {
-                key: value if value.ndim == 0 else value.to(parameter.device) for key, value in saved.items()
-            }
+        restore_state(optimizer, parameter, saved)
     return progress

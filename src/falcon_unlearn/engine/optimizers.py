@@ -1,4 +1,4 @@
-"""AdamW, SGD and Sophia on fp32 masters.
+"""AdamW (also paged, through bitsandbytes), SGD and Sophia on fp32 masters.
 
 Sophia (Liu et al., ICLR 2024) divides momentum by a diagonal curvature estimate and clips each coordinate to the
 learning rate:  ``theta -= lr * sign(m) * min(|m| / (rho * scale * h + eps), 1)``.  What ``h`` is differs:
@@ -14,7 +14,7 @@ none              h = 0: every step is clipped, sign descent with momentum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from falcon_unlearn.config import Section
+from falcon_unlearn.errors import UserError
 
 Hessian = Literal["published_code", "ema_grad2", "none"]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -34,8 +35,9 @@ _REFERENCE_WIDTH = 128
 class OptimizerConfig(Section):
     """Which optimiser, and its settings."""
 
-    name: Literal["adamw", "sgd", "sophia"] = "adamw"
-    """adamw, sgd (with momentum betas[0]) or sophia."""
+    name: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "sgd", "sophia"] = "adamw"
+    """adamw, on CUDA paged (moments move to the CPU when memory is short) in 32 or 8 bits, sgd (momentum betas[0]) or
+    sophia."""
     lr: Rate | Literal["auto"] = "auto"
     """Learning rate; auto takes lr_at_width_128 * 128 / hidden size."""
     lr_at_width_128: Rate = 1e-2
@@ -126,8 +128,14 @@ class Sophia(torch.optim.Optimizer):
 def build_optimizer(
     config: OptimizerConfig, parameters: Iterable[Tensor], *, hidden_size: int, batch_size: int
 ) -> torch.optim.Optimizer:
-    """The configured optimiser over ``parameters``."""
+    """The configured optimiser over ``parameters``.
+
+    Raises:
+        UserError: a paged one without CUDA or bitsandbytes.
+    """
     lr = learning_rate(config, hidden_size)
+    if config.name in {"paged_adamw_32bit", "paged_adamw_8bit"}:
+        return _paged_adamw(config, list(parameters), lr)
     if config.name == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
     if config.name == "sgd":
@@ -142,3 +150,55 @@ def build_optimizer(
         scale=batch_size,
         hessian_every=config.hessian_every,
     )
+
+
+def _paged_adamw(config: OptimizerConfig, parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    off = {parameter.device.type for parameter in parameters} - {"cuda"}
+    if off:
+        raise UserError(f"training.optimizer.name {config.name} needs CUDA, this runs on {off.pop()}: use adamw")
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(
+            f"training.optimizer.name {config.name} needs bitsandbytes: pip install 'falcon-unlearn[bitsandbytes]'"
+        ) from error
+    kinds = {"paged_adamw_32bit": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+    build: Any = getattr(bitsandbytes.optim, kinds[config.name])
+    optimizer: torch.optim.Optimizer = build(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+    return optimizer
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What ``optimizer`` knows of ``parameter``; empty before its first step. Counts become tensors.
+
+    bitsandbytes' tables of quantisation levels (``qmap``) are constants, shared by all parameters, and left out.
+    """
+    state: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    return {
+        key: value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+        for key, value in state.items()
+        if value is not None and not key.startswith("qmap")
+    }
+
+
+def restore_state(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`state_tensors` gave, wherever its tensors are now."""
+    if not saved:
+        return
+    if not hasattr(optimizer, "init_state"):
+        # Optimisers keep their step count on the CPU and moments beside the parameter.
+        optimizer.state[parameter] = {
+            key: value if value.ndim == 0 else value.to(parameter.device) for key, value in saved.items()
+        }
+        return
+    # bitsandbytes allocates its own buffers, paged ones among them, and counts steps in a plain number.
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, candidate in enumerate(group["params"]):
+            if candidate is parameter:
+                optimizer.init_state(group, parameter, group_index, index)
+    state = optimizer.state[parameter]
+    for key, value in saved.items():
+        if isinstance(state[key], Tensor):
+            state[key].copy_(value)
+        else:
+            state[key] = value.item()

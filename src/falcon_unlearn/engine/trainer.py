@@ -28,6 +28,7 @@ from falcon_unlearn.engine.gradient_conflict import GradientConfig, combine
 from falcon_unlearn.engine.optimizers import OptimizerConfig, build_optimizer, learning_rate, scheduled
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.methods.base import Method
+from falcon_unlearn.model.lora import LoraConfig
 
 
 class TrainingConfig(Section):
@@ -41,6 +42,8 @@ class TrainingConfig(Section):
     """Records per forward pass; empty: the whole batch, halved whenever memory does not suffice."""
     modules: str | tuple[str, ...] = "mlp"
     """Trained matrices of each selected layer: mlp, down_proj, attention, all, or a list of name endings."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters of those matrices instead (needs peft); empty: the matrices themselves."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimiser."""
     gradients: GradientConfig = GradientConfig()
@@ -220,7 +223,7 @@ def _accumulated(
             torch._foreach_add_(total, gradients)
         else:
             total = gradients
-    return total_loss, total
+    return total_loss, total or _gradients(None, parameters)
 
 
 def train(

@@ -46,6 +46,7 @@ class WholeSetup:
         loss_mask: which tokens take part in losses; padding never does.
         pad_id: token to pad with.
         seed: everything random in a method is a function of this seed and the step.
+        retain_domains: how many of them take turns.
     """
 
     model: WholeModel
@@ -54,6 +55,7 @@ class WholeSetup:
     loss_mask: LossMask
     pad_id: int
     seed: int
+    retain_domains: int = 1
 
     def alternative(self, step: int, batch: Batch) -> Batch:
         """Another answer for every record of ``batch``; the next one of each with every step."""

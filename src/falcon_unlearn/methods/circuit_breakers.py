@@ -1,9 +1,9 @@
 """Circuit breakers, representation rerouting (Zou et al. 2024, arXiv 2406.04313).
 
-forget = c_f <max(0, cos(a, a0))>        retain = c_r <|| b - b0 ||>
+forget = c_f <max(0, cos(a, a0))>        retain = c_r <|| b - b0 ||>        c_f: forget_weight, c_r: retain_weight
 
 a, b: the updated model's forget / retain activations at the target layer; a0, b0: the frozen ones of the same tokens.
-Published: the weight goes from forget to retain, c_f = 1 - t / 2T and c_r = t / 2T over T steps.
+Published: the weight goes from forget to retain over T steps; at step t the two have a factor 1 - t / 2T and t / 2T.
 """
 
 from __future__ import annotations
@@ -49,10 +49,13 @@ class CircuitBreakers:
         """Counted tokens, on both sides."""
         return int(batch.loss_mask(self._setup.loss_mask).sum())
 
-    def _moved(self, step: int) -> float:
-        """Share of the weight that has gone over to the retain loss."""
-        total = self.config.schedule_steps
-        return 0.5 if total is None else min(step / (2 * total), 1.0)
+    def _weights(self, step: int) -> tuple[float, float]:
+        """c_f and c_r at this step."""
+        config = self.config
+        if config.schedule_steps is None:
+            return config.forget_weight, config.retain_weight
+        moved = min(step / (2 * config.schedule_steps), 1.0)
+        return config.forget_weight * (1 - moved), config.retain_weight * moved
 
     def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
@@ -60,7 +63,7 @@ class CircuitBreakers:
         prepared = decoder.prepare(batch)
         updated, frozen = decoder.updated(prepared, masters)[counted], prepared.frozen[counted]
         similarity = F.cosine_similarity(updated.float(), frozen.float(), dim=-1)
-        return 2 * (1 - self._moved(step)) * self.config.forget_weight * similarity.relu().mean()
+        return self._weights(step)[0] * similarity.relu().mean()
 
     def retain_loss(self, step: int, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
@@ -69,4 +72,4 @@ class CircuitBreakers:
         updated, frozen = decoder.updated(prepared, masters)[counted], prepared.frozen[counted]
         # The norm has no gradient at zero, where training begins.
         distance = ((updated.float() - frozen.float()).square().sum(-1) + 1e-12).sqrt().mean()
-        return 2 * self._moved(step) * self.config.retain_weight * distance
+        return self._weights(step)[1] * distance

@@ -2,7 +2,9 @@
 
 forget = e1 <log p(right answer)> + e2 <-log p(random answer)>        retain = e3 <KL(p0 || p)>
 
-A random answer is the answer of a retain record. Published: e1 between 0.05 and 2, e2 = e3 = 1.
+A random answer is the answer of a retain record. Its loss is a mean over its own tokens and counts as often as the
+right answer it replaces has tokens, so that the loss of a batch is the weighted mean of its parts'. Published: e1
+between 0.05 and 2, e2 = e3 = 1.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from falcon_unlearn.corpus.batching import Batch
 from falcon_unlearn.methods.base import WholeSetup
-from falcon_unlearn.methods.whole_method import WholeConfig, WholeMethod, nll
-from falcon_unlearn.objectives.likelihood import gradient_ascent
+from falcon_unlearn.methods.whole_method import WholeConfig, WholeMethod
+from falcon_unlearn.objectives.likelihood import gradient_ascent, sequence_means
 
 
 class LlmuConfig(WholeConfig):
@@ -40,5 +42,8 @@ class Llmu(WholeMethod):
         """See :class:`falcon_unlearn.methods.base.Method`."""
         found = self.predictions(batch, masters)
         ascent = gradient_ascent(found.log_probabilities(), found.mask)
-        other = nll(self.predictions(self.setup.alternative(step, batch), masters))
+        replacing = self.predictions(self.setup.alternative(step, batch), masters)
+        tokens = found.mask.sum(1)
+        means = sequence_means(replacing.log_probabilities(), replacing.mask)
+        other = -(tokens * means).sum() / tokens.sum().clamp(min=1)
         return self.config.forget_weight * ascent + self.config.random_weight * other

@@ -1,13 +1,15 @@
 """SCRUB: away from the teacher on the forget data, along with it on the retain data (Kurmanji et al. 2023, 2302.09880).
 
-max step:  forget = -<KL(p0 || p)>                          even steps, as long as they last
+max step:  forget = -<KL(p0 || p)>                          every other turn, as long as they last
 min step:  retain = a <KL(p0 || p)> + g <-log p>            all other steps
 
-p0: next-token distribution of the teacher, which is the original model.
+p0: next-token distribution of the teacher, which is the original model. A turn is one step, or with several domains so
+many that each domain of both sides has its share of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -28,7 +30,7 @@ class ScrubConfig(WholeConfig):
     nll_weight: float = Field(1.0, ge=0)
     """g, factor on the ordinary loss in min steps (0.99 in the authors' code for images, with a = 0.001)."""
     max_steps: int | None = Field(None, ge=1)
-    """So many max steps, then min steps only; empty: to the end."""
+    """So many max steps (rounded up to whole turns), then min steps only; empty: to the end."""
 
 
 class Scrub(WholeMethod):
@@ -37,10 +39,11 @@ class Scrub(WholeMethod):
     def __init__(self, config: ScrubConfig, setup: WholeSetup) -> None:
         super().__init__(config, setup)
         self.config = config
+        self._turn = math.lcm(len(setup.forget_batches), setup.retain_domains)
 
     def _is_max_step(self, step: int) -> bool:
-        most = self.config.max_steps
-        return step % 2 == 0 and (most is None or step // 2 < most)
+        turn, most = step // self._turn, self.config.max_steps
+        return turn % 2 == 0 and (most is None or turn // 2 * self._turn < most)
 
     def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor | None:
         """See :class:`falcon_unlearn.methods.base.Method`."""

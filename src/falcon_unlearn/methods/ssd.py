@@ -28,7 +28,8 @@ class SsdConfig(Section):
     preset: Literal["default"] = "default"
     """default: what works on the embedded benchmark."""
     alpha: float = Field(10.0, gt=0)
-    """Selection: parameters whose forget importance is more than alpha times their importance on all data."""
+    """Selection: parameters whose forget importance is more than alpha times their importance on all data. The ratio is
+    never above all records / forget records: an alpha from there on changes nothing."""
     dampening: float = Field(1.0, ge=0)
     """lambda."""
     fisher_batch_size: int = Field(1, ge=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch, batch_indices, collate
+from falcon_unlearn.errors import UserError
 from falcon_unlearn.methods.base import WholeSetup
 from falcon_unlearn.methods.whole_method import all_batches, nll
 
@@ -49,7 +50,11 @@ class TaskVector:
         return {"finetune_first_loss": self._losses[0], "finetune_last_loss": self._losses[-1]} if self._losses else {}
 
     def edit(self, retain_batches: Sequence[Batch], masters: Mapping[str, Tensor]) -> None:
-        """See :class:`falcon_unlearn.methods.base.Editor`; the retain data is not used."""
+        """See :class:`falcon_unlearn.methods.base.Editor`; the retain data is not used.
+
+        Raises:
+            UserError: a loss of the finetuning is not finite.
+        """
         config, setup = self.config, self._setup
         records = [record for batch in all_batches(setup) for record in batch.records]
         device = next(iter(masters.values())).device
@@ -59,11 +64,15 @@ class TaskVector:
             chosen = batch_indices(len(records), config.finetune_batch_size, step, setup.seed, "task vector")
             batch = collate([records[i] for i in chosen], setup.pad_id).to(device)
             loss = nll(setup.model.predictions(batch, setup.loss_mask, masters))
+            if not bool(torch.isfinite(loss)):
+                raise UserError(f"finetuning step {step}: the loss is not finite; lower method.finetune_lr")
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
             self._losses.append(float(loss.detach()))
         with torch.no_grad():
             for name, value in masters.items():
-                value.copy_(start[name] - config.scale * (value - start[name]))
+                # A product with 0 would still turn -0.0 into 0.0.
+                way = value - start[name]
+                value.copy_(start[name] - config.scale * way if config.scale else start[name])
         optimizer.zero_grad(set_to_none=True)
