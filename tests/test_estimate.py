@@ -61,10 +61,10 @@ def test_one_new_token_leaves_nothing_to_bound(recipe_for, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"training": {"cache": "off"}},
+        {"training": {"cache": "never"}},
         {"training": {"cache": "auto", "steps": 12}},
-        {"training": {"cache": "off", "micro_batch_size": 3, "modules": "all"}},
-        {"method": {"name": "rmu"}, "training": {"cache": "off"}},
+        {"training": {"cache": "never", "micro_batch_size": 3, "modules": "all"}},
+        {"method": {"name": "rmu"}, "training": {"cache": "never"}},
     ],
     ids=["plain", "cached", "micro-batches", "rmu"],
 )
@@ -125,7 +125,7 @@ def test_a_config_is_enough_and_what_is_assumed_is_said(recipe_for, config_only)
 
 
 def test_the_parts_of_the_training_peak_add_up(recipe_for):
-    estimate = estimate_run(recipe_from(recipe_for({"training": {"cache": "off"}, "method": {"offset": "random"}})))
+    estimate = estimate_run(recipe_from(recipe_for({"training": {"cache": "never"}, "method": {"offset": "random"}})))
     assert sum(estimate.training.values()) == stage(estimate, "training").peak_bytes
     table = estimate_table(estimate)
     assert "fp32 masters" in table
@@ -204,3 +204,9 @@ def test_memory_of_training_is_predicted_within_15_percent():
     done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=False, env=variables)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) == pytest.approx(1, abs=0.15)
+
+
+def test_what_is_not_scored_is_not_predicted(recipe_for):
+    estimate = estimate_run(recipe_from(recipe_for({"evaluation": {"enabled": False}})))
+    assert [stage.stage for stage in estimate.stages if "score" in stage.stage] == []
+    assert "training" in [stage.stage for stage in estimate.stages]

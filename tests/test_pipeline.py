@@ -697,7 +697,7 @@ def test_without_scoring_only_the_first_layers_are_needed(recipe_for, tiny, tmp_
 
 def test_a_cache_on_disk_gives_the_weights_of_one_in_memory(recipe_for, tmp_path):
     runs = [
-        unlearn(lean(recipe_for, tmp_path, name, training={"steps": 12, "cache": "on", "cache_gb": budget}))
+        unlearn(lean(recipe_for, tmp_path, name, training={"steps": 12, "cache": "always", "cache_gb": budget}))
         for name, budget in (("memory", 1), ("disk", 0))
     ]
     patches = [(run.folder / "patch" / "patch.safetensors").read_bytes() for run in runs]
@@ -707,8 +707,8 @@ def test_a_cache_on_disk_gives_the_weights_of_one_in_memory(recipe_for, tmp_path
 
 @pytest.mark.parametrize("damage", ["none", "truncated", "altered", "unsealed"])
 def test_a_resumed_run_uses_a_cache_file_only_if_it_is_whole(recipe_for, tmp_path, monkeypatch, capsys, damage):
-    recipe = lean(recipe_for, tmp_path, "run", training={"steps": 12, "cache": "on", "cache_gb": 0})
-    expected = unlearn(lean(recipe_for, tmp_path, "whole", training={"steps": 12, "cache": "on", "cache_gb": 0}))
+    recipe = lean(recipe_for, tmp_path, "run", training={"steps": 12, "cache": "always", "cache_gb": 0})
+    expected = unlearn(lean(recipe_for, tmp_path, "whole", training={"steps": 12, "cache": "always", "cache_gb": 0}))
     forget_loss = stages.METHODS["falcon"].build.forget_loss
 
     def stopping(self, step, *rest, **more):
@@ -738,7 +738,7 @@ def test_the_cache_changes_nothing_but_rounding(recipe_for, tmp_path):
     found = [
         load_file(unlearn(lean(recipe_for, tmp_path, cache, training={"steps": 12, "cache": cache})).folder
                   / "patch" / "patch.safetensors")
-        for cache in ("on", "off")
+        for cache in ("always", "never")
     ]  # fmt: skip
     for name, value in found[1].items():
         torch.testing.assert_close(found[0][name], value, rtol=0.05, atol=5e-3)
@@ -751,12 +751,14 @@ def test_streamed_selection_chooses_as_the_resident_one(recipe_for, tmp_path):
             "selection": {"selector": "mutual_information", "streaming": streaming, "streaming_gb": 0},
             "evaluation": {"enabled": False},
         }))
-        for name, streaming in (("resident", "off"), ("streamed", "on"))
+        for name, streaming in (("resident", "never"), ("streamed", "always"))
     ]  # fmt: skip
     assert chosen[0] == chosen[1]
     assert not (tmp_path / "streamed" / "activations").exists()
 
 
 def test_streaming_and_the_sweep_exclude_each_other(recipe_for):
-    with pytest.raises(UserError, match=r"selection\.streaming is on, but the sweep trains and scores the whole model"):
-        unlearn(recipe_for({"selection": {"layers": "auto", "streaming": "on"}}))
+    with pytest.raises(
+        UserError, match=r"selection\.streaming is always, but the sweep trains and scores the whole model"
+    ):
+        unlearn(recipe_for({"selection": {"layers": "auto", "streaming": "always"}}))

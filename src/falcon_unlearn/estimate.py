@@ -132,18 +132,15 @@ def estimate_run(recipe: Recipe) -> Estimate:
     _predictable(recipe)
     inputs = _read(recipe)
     whole = blueprint(inputs.config, inputs.dtype, trust_remote_code=recipe.trust_remote_code)
-    scoring = _scoring(inputs, whole)
     selection = _selection(inputs, whole)
     training, parts, patch = _training(inputs)
-    stages = [
-        _named(scoring, "score before"),
-        *selection,
-        training,
-        patch,
-        _named(scoring, "score after", extra=patch.disk_bytes // 2),
-    ]
-    if recipe.evaluation.oracle is not None:
-        stages.append(_named(scoring, "score oracle"))
+    stages = [*selection, training, patch]
+    if recipe.evaluation.enabled:
+        scoring = _scoring(inputs, whole)
+        after = _named(scoring, "score after", extra=patch.disk_bytes // 2)
+        stages = [_named(scoring, "score before"), *stages, after]
+        if recipe.evaluation.oracle is not None:
+            stages.append(_named(scoring, "score oracle"))
     return _estimate(inputs, stages, parts)
 
 
@@ -418,7 +415,7 @@ def _walk(
     frozen, trained = flops()
     size = training.micro_batch_size or training.batch_size
     records: list[Encoded] = []
-    if training.cache != "off":
+    if training.cache != "never":
         records = data.repeated(training.steps, training.batch_size) if training.cache == "auto" else data.records()
     cached = {item.ids for item in records}
     total = _forward_flops(_batches(list({item.ids: item for item in records}.values()), size), frozen)

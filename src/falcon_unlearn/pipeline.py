@@ -357,7 +357,7 @@ def _select(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedMo
 def _means(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedModel]) -> Means:
     """The way to mean activations: streamed where the recipe says so or the model does not fit into free memory."""
     settings, batch_size = inputs.recipe.selection, inputs.recipe.evaluation.batch_size
-    streaming = settings.streaming == "on"
+    streaming = settings.streaming == "always"
     if settings.streaming == "auto" and settings.selector != "sweep":  # the sweep needs the whole model anyway
         streaming = _size_in_memory(inputs) > _room(inputs.source.device)
     if not streaming:

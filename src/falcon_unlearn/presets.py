@@ -25,7 +25,7 @@ def _whole(lr: float, **method: Any) -> dict[str, Any]:
             "steps": 60,
             "batch_size": 16,
             "modules": "all",
-            "cache": "off",
+            "cache": "never",
             "optimizer": {"name": "adamw", "lr": "auto", "lr_at_width_128": lr},
             "gradients": {"combination": "sum"},
         },

@@ -38,7 +38,7 @@ class SelectionConfig(Section):
     """Layers to choose from; empty: at most max_candidates, evenly spaced."""
     max_candidates: int = Field(8, ge=1)
     """Where candidates is empty."""
-    streaming: Literal["auto", "on", "off"] = "auto"
+    streaming: Literal["auto", "always", "never"] = "auto"
     """mutual_information: hold one layer in memory at a time; auto: where the model is larger than the free memory."""
     streaming_gb: float | None = Field(None, ge=0)
     """streaming: memory for hidden states, beyond which they lie on disk; empty: a quarter of the free memory."""
@@ -123,9 +123,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _streaming_selector(self) -> Recipe:
-        if self.selection.streaming == "on" and self.selection.layers == "auto" and self.selection.selector == "sweep":
+        if (
+            self.selection.streaming == "always"
+            and self.selection.layers == "auto"
+            and self.selection.selector == "sweep"
+        ):
             raise ValueError(
-                "selection.streaming is on, but the sweep trains and scores the whole model: "
+                "selection.streaming is always, but the sweep trains and scores the whole model: "
                 "use selector mutual_information, or name the layers"
             )
         return self

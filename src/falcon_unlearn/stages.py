@@ -425,7 +425,7 @@ def _keep_activations(training: TrainingConfig, decoder: SplitDecoder, data: Tra
     """Keep the frozen activations of what training reads more than once; tell whether that is all it reads."""
     everything = data.records()
     records = data.repeated(training.steps, training.batch_size) if training.cache == "auto" else everything
-    if training.cache == "off" or not records:
+    if training.cache == "never" or not records:
         return False
     budget = free_memory() / 4 if training.cache_gb is None else training.cache_gb * 2**30
     store = ActivationStore(plan.path, budget)

@@ -486,7 +486,7 @@ class TestMicroBatches:
         found = []
         for micro in (None, size):
             config = TrainingConfig(
-                steps=3, batch_size=4, micro_batch_size=micro, cache="off",
+                steps=3, batch_size=4, micro_batch_size=micro, cache="never",
                 optimizer=OptimizerConfig(name="sgd", lr=1e-1), gradients=GradientConfig(combination=combination),
             )  # fmt: skip
             decoder = SplitDecoder(llama, (1,), "mlp")

@@ -50,7 +50,7 @@ class TrainingConfig(Section):
     """How forget and retain gradients are combined."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps between checkpoints."""
-    cache: Literal["auto", "on", "off"] = "auto"
+    cache: Literal["auto", "always", "never"] = "auto"
     """Keep frozen activations between epochs; auto: of every domain whose records are used more than once."""
     cache_gb: float | None = Field(None, ge=0)
     """Memory for kept activations, beyond which they lie on disk; empty: a quarter of the free memory."""
