@@ -14,10 +14,11 @@ from falcon_unlearn.corpus.sources import load_corpus
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.estimate import estimate_layers, estimate_run, estimate_table
 from falcon_unlearn.model.cost import EXTRA_FLOPS
+from falcon_unlearn.model.decoder import find_layers
 from falcon_unlearn.model.loading import load_causal_lm, load_config, load_tokenizer, resolve_model
 from falcon_unlearn.pipeline import run_recipe
 from falcon_unlearn.recipe import recipe_from
-from falcon_unlearn.stages import encode_corpus, evaluation_sets, score_model, select_layers
+from falcon_unlearn.stages import encode_corpus, evaluation_sets, resident_means, score_model, select_layers
 
 QUIET = Console(quiet=True)
 
@@ -77,11 +78,22 @@ def test_training_flops_are_the_counted_ones(recipe_for, tmp_path, changes):
     assert stage(estimate, "training").flops == pytest.approx(real - scoring, rel=0.05)
 
 
+def select(recipe, model, encoded):
+    return select_layers(
+        recipe,
+        encoded,
+        QUIET,
+        total=len(find_layers(model)[1]),
+        model=lambda: model,
+        means=lambda: resident_means(model, encoded, recipe.evaluation.batch_size),
+    )
+
+
 def test_sweep_flops_are_the_counted_ones(recipe_for, tmp_path):
     changes = {"layers": "auto", "show_mutual_information": False, "sweep": {"steps": 3}}
     recipe = recipe_from(recipe_for({"selection": changes}))
     model, _, _, encoded = loaded(recipe, tmp_path)
-    real = counted(lambda: select_layers(recipe, model, encoded, QUIET))
+    real = counted(lambda: select(recipe, model, encoded))
     (sweep,) = estimate_layers(recipe).stages
     assert sweep.flops == pytest.approx(real, rel=0.05)
 
@@ -89,7 +101,7 @@ def test_sweep_flops_are_the_counted_ones(recipe_for, tmp_path):
 def test_extraction_flops_are_those_of_the_passes(recipe_for, tmp_path):
     recipe = recipe_from(recipe_for({"selection": {"layers": "auto", "selector": "mutual_information"}}))
     model, _, _, encoded = loaded(recipe, tmp_path)
-    real = counted(lambda: select_layers(recipe, model, encoded, QUIET))
+    real = counted(lambda: select(recipe, model, encoded))
     (extraction,) = estimate_layers(recipe).stages
     assert 0 < extraction.flops <= real
 
