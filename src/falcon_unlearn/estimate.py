@@ -590,12 +590,11 @@ def _extraction(inputs: _Inputs, whole: PreTrainedModel) -> StageEstimate:
     recipe, encoded = inputs.recipe, inputs.encoded
     most = recipe.selection.mutual_information.max_samples
     retain = [item for records in encoded.retain.values() for item in records]
-    batches: list[list[Encoded]] = []
-    rows = 0
+    sample: list[Encoded] = []
     for records, limit in (*((r, most) for r in encoded.forget.values()), (retain, most * (len(encoded.forget) + 1))):
         chosen = random.Random(f"activations {recipe.seed}").sample(range(len(records)), min(limit, len(records)))
-        batches += _batches([records[i] for i in chosen], recipe.evaluation.batch_size)
-        rows += len(chosen)
+        sample += [records[i] for i in sorted(chosen)]
+    rows, batches = len(sample), _batches(sample, recipe.evaluation.batch_size)
     largest = max(batches, key=lambda batch: len(batch) * _width(batch))
     shape = BatchShape(len(largest), _width(largest), 0, padded=False)  # a causal decoder needs no mask for means
     used = blueprint(
