@@ -130,12 +130,13 @@ def measure(shape: Shape, arguments: argparse.Namespace, fp64_rate: float) -> di
 def main() -> None:
     """Run and print; the first row is the headline."""
     parser = options(__doc__)
+    parser.add_argument("--first", type=int, help="only so many rows (all six take half an hour on one core)")
     parser.add_argument("--reference-runs", type=int, default=1, help="timed runs of the reference (default: 1, cold)")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     fp64_rate = flops_per_second(arguments.device, torch.float64)
-    results = [measure(shape, arguments, fp64_rate) for shape in (QUICK if arguments.quick else FULL)]
+    results = [measure(shape, arguments, fp64_rate) for shape in (QUICK if arguments.quick else FULL)[: arguments.first]]
     head = (
         "N",
         "D",
