@@ -136,7 +136,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     fp64_rate = flops_per_second(arguments.device, torch.float64)
-    results = [measure(shape, arguments, fp64_rate) for shape in (QUICK if arguments.quick else FULL)[: arguments.first]]
+    shapes = (QUICK if arguments.quick else FULL)[: arguments.first]
+    results = [measure(shape, arguments, fp64_rate) for shape in shapes]
     head = (
         "N",
         "D",

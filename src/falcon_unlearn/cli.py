@@ -362,8 +362,8 @@ def _methods(arguments: argparse.Namespace) -> int:
         )
         return 0
     for name, entry in METHODS.items():
-        print(f"{name:12} {entry.summary} (presets: {', '.join(PRESETS[name])})")
-    print("selectors    sweep, mutual_information")
+        print(f"{name:18}{entry.summary} (presets: {', '.join(PRESETS[name])})")
+    print(f"{'selectors':18}sweep, mutual_information")
     return 0
 
 

@@ -120,7 +120,7 @@ def _score_folder(plan: Plan, recipe: Recipe) -> Path:
     """Where the scores of the models before and of the oracle are kept for all runs that would find the same ones."""
     sections = {"model", "evaluation", "seed", "dtype", "device", "threads", "trust_remote_code"}
     parts = recipe.model_dump(mode="json", include=sections)
-    return plan.path("shared", digest([parts, recipe.corpus.template, recipe.corpus.plain_template])[:16])
+    return plan.path("shared", digest([plan.weights, parts, recipe.corpus.template, recipe.corpus.plain_template])[:16])
 
 
 def _run(plan: Plan, recipe: Recipe, *, own_folder: bool) -> Mapping[str, Metrics | None]:
@@ -198,17 +198,17 @@ def _read_result(plan: Plan, cell: CellPlan, seed: int, parameters: Mapping[str,
     if not path.exists():
         return None
     outcome = Outcome(**json.loads(path.read_text(encoding="utf-8")))
-    return outcome if outcome.fingerprint == _fingerprint(cell, seed, parameters) else None
+    return outcome if outcome.fingerprint == _fingerprint(plan, cell, seed, parameters) else None
 
 
-def _fingerprint(cell: CellPlan, seed: int, parameters: Mapping[str, Any]) -> str:
-    return digest([cell.final[seed], parameters])
+def _fingerprint(plan: Plan, cell: CellPlan, seed: int, parameters: Mapping[str, Any]) -> str:
+    return digest([plan.weights, cell.final[seed], parameters])
 
 
 def _final(plan: Plan, cell: CellPlan, seed: int, tuned: Tuned, console: Console) -> Outcome:
     """One run of the table; whatever stops it but an interruption becomes its result."""
     folder = _folder(plan, cell, seed)
-    blank = Outcome(cell.name, seed, _fingerprint(cell, seed, tuned.parameters), tuned.parameters, str(folder))
+    blank = Outcome(cell.name, seed, _fingerprint(plan, cell, seed, tuned.parameters), tuned.parameters, str(folder))
     if tuned.failed is not None:
         return dataclasses.replace(blank, failed=tuned.failed)
     try:
@@ -260,9 +260,9 @@ def _optuna() -> ModuleType:
     return optuna
 
 
-def _study_of(cell: CellPlan) -> str:
+def _study_of(plan: Plan, cell: CellPlan) -> str:
     searches = {key: search.model_dump(mode="json") for key, search in cell.search.items()}
-    return digest([[cell.trial[seed] for seed in sorted(cell.trial)], searches])
+    return digest([plan.weights, [cell.trial[seed] for seed in sorted(cell.trial)], searches])
 
 
 def _read_tuned(plan: Plan, cell: CellPlan) -> Tuned | None:
@@ -273,7 +273,7 @@ def _read_tuned(plan: Plan, cell: CellPlan) -> Tuned | None:
     if not path.exists():
         return None
     tuned = Tuned(**json.loads(path.read_text(encoding="utf-8")))
-    return tuned if tuned.fingerprint == _study_of(cell) and len(tuned.trials) == plan.trials else None
+    return tuned if tuned.fingerprint == _study_of(plan, cell) and len(tuned.trials) == plan.trials else None
 
 
 def _tune(plan: Plan, cell: CellPlan, console: Console) -> Tuned:
@@ -285,7 +285,7 @@ def _tune(plan: Plan, cell: CellPlan, console: Console) -> Tuned:
     optuna = _optuna()
     plan.path("tuning").mkdir(parents=True, exist_ok=True)
     backend = optuna.storages.journal.JournalFileBackend(str(plan.path("tuning", f"{cell.name}.journal")))
-    fingerprint = _study_of(cell)
+    fingerprint = _study_of(plan, cell)
     study: Study = optuna.create_study(
         study_name=f"{cell.name} {fingerprint[:12]}",
         storage=optuna.storages.JournalStorage(backend),

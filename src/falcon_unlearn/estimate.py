@@ -206,6 +206,8 @@ def _read(recipe: Recipe) -> _Inputs:
     highest = max((*layers, *candidates))
     if highest >= total:
         raise UserError(f"selection: layer {highest} is out of range, {recipe.model} has layers 0..{total - 1}")
+    if settings.streaming == "always" and settings.selector == "mutual_information":
+        assumptions.append("extraction is predicted with the model in memory; streamed, it takes one layer at a time")
     return _Inputs(recipe, config, device, dtype, encoded, sets, layers, candidates, tuple(assumptions))
 
 
@@ -372,6 +374,8 @@ def _scoring(inputs: _Inputs, whole: PreTrainedModel) -> StageEstimate:
 
 
 def _predictable(recipe: Recipe) -> FalconConfig | RmuConfig:
+    if recipe.training.lora is not None:
+        raise UserError("--estimate does not predict adapters; leave training.lora out for an upper bound")
     if isinstance(recipe.method, FalconConfig | RmuConfig):
         return recipe.method
     raise UserError(f"--estimate predicts the methods falcon and rmu, not {recipe.method.name}")

@@ -24,6 +24,7 @@ from falcon_unlearn.corpus.fictional import build_world
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import content_hash, load_corpus
 from falcon_unlearn.errors import UserError, did_you_mean
+from falcon_unlearn.model.shards import fingerprint
 from falcon_unlearn.presets import deep_merge
 from falcon_unlearn.recipe import Recipe, key_places, load_recipe, recipe_from, with_absolute_paths
 from falcon_unlearn.selection.sweep import split_validation
@@ -188,7 +189,8 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def lay_over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Lay ``over`` (nested or dotted) on a raw recipe; another method begins without the knobs of the one below."""
     below, above = _nested(under), _nested(over)
-    names = [raw.get("method", {}).get("name") for raw in (below, above)]
+    methods = [raw.get("method") for raw in (below, above)]  # what is no mapping is named by validation
+    names = [method.get("name") if isinstance(method, Mapping) else None for method in methods]
     if names[1] is not None and names[0] != names[1]:
         below.pop("method", None)
     return deep_merge(below, above)
@@ -286,6 +288,8 @@ class Plan:
     seeds: tuple[int, ...]
     trials: int = 0
     validation_share: float | None = None
+    weights: str = ""
+    """Hash of the models of a recipe base, which may be trained anew under the same path."""
 
     def path(self, *parts: str) -> Path:
         """Below the output folder."""
@@ -348,7 +352,22 @@ def plan_grid(grid: Grid, grid_path: Path, console: Console) -> Plan:
     cells = tuple(
         CellPlan(name, finals[name], trials[name], cell.search, base_dir) for name, cell in grid.cells.items()
     )
-    return Plan(output, cells, tuple(dict.fromkeys(grid.seeds)), grid.tuning.trials if searched else 0, share)
+    trials_of_each = grid.tuning.trials if searched else 0
+    weights = "" if grid.base == EMBEDDED else _weights(finals, base_dir)
+    return Plan(output, cells, tuple(dict.fromkeys(grid.seeds)), trials_of_each, share, weights)
+
+
+def _weights(finals: Mapping[str, Mapping[int, Mapping[str, Any]]], base_dir: Path) -> str:
+    """Hash of every local model and oracle that the runs name."""
+    names = {
+        str(name)
+        for recipes in finals.values()
+        for raw in recipes.values()
+        for name in (raw.get("model"), (raw.get("evaluation") or {}).get("oracle"))
+        if name
+    }
+    folders = sorted(path for name in names if (path := base_dir / name).is_dir())
+    return digest([fingerprint(folder) for folder in folders])
 
 
 def _check_cells(grid: Grid, grid_path: Path, output: Path) -> None:

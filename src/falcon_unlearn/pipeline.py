@@ -51,6 +51,7 @@ from falcon_unlearn.stages import (
     CachePlan,
     EncodedCorpus,
     Means,
+    alternatives_of,
     as_stored,
     check_layers,
     describe_training,
@@ -166,6 +167,7 @@ def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
     )
     with quiet_transformers():  # long records are our message to give
         encoded = encode_corpus(recipe, corpus, encoder, config)
+    alternatives_of(recipe, encoded, encoder)  # that there are none should show before anything is written
     sets = evaluation_sets(recipe, corpus, base_dir) if recipe.evaluation.enabled else {}
     return _Inputs(recipe, source, config, encoder, corpus, encoded, sets, oracle, on_disk, console)
 
@@ -212,7 +214,7 @@ def _hash_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in tensors.items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -334,7 +336,9 @@ def _score(
     return scores
 
 
-def _select(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedModel]) -> LayerSelection:
+def _select(
+    inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedModel], loaded: Sequence[PreTrainedModel] = ()
+) -> LayerSelection:
     selection = folder.read_selection()
     if selection is None:
         inputs.console.say("selecting layers")
@@ -347,18 +351,18 @@ def _select(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedMo
                     inputs.console,
                     total=number_of_layers(inputs.config),
                     model=model,
-                    means=lambda: _means(inputs, folder, model),
+                    means=lambda: _means(inputs, folder, model, resident=bool(loaded)),
                 )
         folder.write_selection(selection)
     inputs.console.say(f"layers {', '.join(map(str, selection.layers))} ({selection.selector})")
     return selection
 
 
-def _means(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedModel]) -> Means:
+def _means(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedModel], *, resident: bool) -> Means:
     """The way to mean activations: streamed where the recipe says so or the model does not fit into free memory."""
     settings, batch_size = inputs.recipe.selection, inputs.recipe.evaluation.batch_size
     streaming = settings.streaming == "always"
-    if settings.streaming == "auto" and settings.selector != "sweep":  # the sweep needs the whole model anyway
+    if settings.streaming == "auto" and settings.selector != "sweep" and not resident:  # the sweep needs all of it
         streaming = _size_in_memory(inputs) > _room(inputs.source.device)
     if not streaming:
         return resident_means(model(), inputs.encoded, batch_size)
@@ -393,7 +397,7 @@ def _before_and_selection(
     before = None
     if inputs.recipe.evaluation.enabled:
         before = folder.read_scores("before") or _score(inputs, folder, "before", model())
-    return before, _select(inputs, folder, model)
+    return before, _select(inputs, folder, model, loaded)
 
 
 def _after(
@@ -526,7 +530,7 @@ def _write_provenance(inputs: _Inputs, folder: RunFolder, started: datetime) -> 
                 "name": inputs.source.name,
                 "folder": str(inputs.source.folder),
                 "type": inputs.config.model_type,
-                "parameters": sum(math.prod(span.shape) for span in inputs.on_disk.values()),
+                "parameters_in_files_read": sum(math.prod(span.shape) for span in inputs.on_disk.values()),
             },
             "method": {"name": inputs.recipe.method.name, "preset": inputs.recipe.method.preset},
             "method_diagnostics": inputs.diagnostics or earlier.get("method_diagnostics", {}),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from falcon_unlearn.engine.trainer import (
     InterruptedTrainingError,
     TrainingConfig,
     TrainingData,
+    is_out_of_memory,
     train,
 )
 from falcon_unlearn.errors import UserError
@@ -378,6 +379,7 @@ def _sweep(
     trial_training = recipe.training.model_copy(update={"steps": config.steps})
     data = TrainingData(parts["forget"], parts["retain"], encoded.pad_id, model.device)
 
+    spill = recipe.output if Path(recipe.output).is_dir() else None
     with console.bar(len(candidates), "trying layers") as bar:
 
         def trial(layer: int) -> TrialOutcome:
@@ -386,12 +388,13 @@ def _sweep(
             decoder = SplitDecoder(model, tuple(layers), scope)
             masters = decoder.masters()
             try:
-                with tempfile.TemporaryDirectory() as folder:
+                with tempfile.TemporaryDirectory(prefix=".trial", suffix=".tmp", dir=spill) as folder:
                     kept = CachePlan(Path(folder) / "activations", resume=False, say=lambda _: None)
                     _train(recipe, trial_training, decoder, masters, data, loss_mask=encoded.loss_mask, cache=kept)
                 with replaced(model, masters):
                     after = {side: probability(side) for side in held}
             except DivergedError:
+                bar.update()
                 return TrialOutcome(math.nan, math.nan)
             except InterruptedTrainingError as stop:
                 raise KeyboardInterrupt from stop  # a trial keeps no state
@@ -414,11 +417,41 @@ class CachePlan:
 
 
 def free_memory() -> int:
-    """Bytes of free memory; 8 GiB where the system does not tell."""
+    """Bytes this process may still take, page cache included; 8 GiB where the system does not tell."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 8 << 30
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        free = 8 << 30
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free
+
+
+def _at_once(training: TrainingConfig) -> int:
+    """Records per forward pass outside of training steps."""
+    return min(training.micro_batch_size or training.batch_size, training.batch_size)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Where no smaller batch can be tried, running out of memory is one line.
+
+    Raises:
+        UserError: in place of the allocator's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory before or between training steps; lower training.micro_batch_size or corpus.max_length, "
+            "train fewer layers or modules, or use dtype bfloat16"
+        ) from error
 
 
 def _keep_activations(training: TrainingConfig, decoder: SplitDecoder, data: TrainingData, plan: CachePlan) -> bool:
@@ -432,7 +465,7 @@ def _keep_activations(training: TrainingConfig, decoder: SplitDecoder, data: Tra
     if plan.resume and plan.path.exists() and not store.reopen(decoder.identity()):
         plan.say(f"{plan.path} is damaged, unfinished or of other weights: activations are computed again")
     before = store.bytes_on_disk
-    decoder.keep(ActivationCache(store), records, data.pad_id, training.micro_batch_size or training.batch_size)
+    decoder.keep(ActivationCache(store), records, data.pad_id, _at_once(training))
     if store.bytes_on_disk > before:
         store.seal(decoder.identity())
     if store.bytes_on_disk:
@@ -440,6 +473,7 @@ def _keep_activations(training: TrainingConfig, decoder: SplitDecoder, data: Tra
     return len(records) == len(everything)
 
 
+@_memory_errors()
 def _train(
     recipe: Recipe,
     training: TrainingConfig,
@@ -458,7 +492,7 @@ def _train(
     complete = _keep_activations(training, decoder, data, cache)
     if complete and own_model:
         decoder.release()
-    setup = Setup(decoder, data.first_batches(training.batch_size), loss_mask, recipe.seed)
+    setup = Setup(decoder, data.first_batches(_at_once(training)), loss_mask, recipe.seed)
     method: Method = METHODS[recipe.method.name].build(recipe.method, setup)
     train(
         method,
@@ -565,6 +599,7 @@ def unlearn_layers(
     return _unlearned(decoder, masters, adapters, method.diagnostics())
 
 
+@_memory_errors()
 def unlearn_whole(
     recipe: Recipe,
     model: PreTrainedModel,
@@ -598,8 +633,8 @@ def unlearn_whole(
     data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, model.device)
     setup = WholeSetup(
         whole,
-        data.first_batches(training.batch_size),
-        _alternatives(recipe, encoded, encoder),
+        data.first_batches(_at_once(training)),
+        alternatives_of(recipe, encoded, encoder),
         encoded.loss_mask,
         encoded.pad_id,
         recipe.seed,
@@ -611,7 +646,7 @@ def unlearn_whole(
     method = entry.build(recipe.method, setup)
     if entry.kind == "edit":
         on_resume(0)
-        method.edit(data.retain_batches(training.batch_size), masters)
+        method.edit(data.retain_batches(_at_once(training)), masters)
     else:
         if not method.keeps_reference:
             whole.release()
@@ -636,8 +671,12 @@ def _numbers(layers: str | Sequence[int], model: PreTrainedModel) -> Sequence[in
     return layers
 
 
-def _alternatives(recipe: Recipe, encoded: EncodedCorpus, encoder: Encoder) -> dict[str, tuple[Encoded, ...]]:
-    """Other answers to the forget questions, of the kind that the method needs."""
+def alternatives_of(recipe: Recipe, encoded: EncodedCorpus, encoder: Encoder) -> dict[str, tuple[Encoded, ...]]:
+    """Other answers to the forget questions, of the kind that the method needs, by record.
+
+    Raises:
+        UserError: a record is plain text, or there is no other answer to draw.
+    """
     kind = METHODS[recipe.method.name].alternatives
     if kind is None:
         return {}

@@ -8,6 +8,9 @@ from falcon_unlearn.corpus.batching import Encoded, collate
 from falcon_unlearn.model.activation_cache import ActivationCache, record_key
 from falcon_unlearn.model.activation_store import ActivationStore
 from falcon_unlearn.model.decoder import SplitDecoder
+from falcon_unlearn.model.loading import ModelSource
+from falcon_unlearn.model.skeleton import open_skeleton
+from falcon_unlearn.selection.activations import layer_means, streamed_layer_means
 
 RECORDS = random_records(5, (9, 17, 13, 6, 11, 17))
 LAYERS = (2, 3)
@@ -66,6 +69,64 @@ def test_on_disk_it_holds_the_same_bits_as_in_memory(tmp_path, budget):
     assert (tmp_path / "b" / "activations").exists()
     masters = moved(in_memory.masters())
     assert all(map(torch.equal, step(on_disk, masters, batch), step(in_memory, masters, batch)))
+
+
+def test_a_cache_file_that_holds_a_part_is_completed_from_the_model(tmp_path):
+    """Wherever memory ran out while it was filled: what was in memory is gone, and computed again."""
+    model = shared_model("llama")
+    batch = collate(RECORDS[:5], pad_id=0)
+    whole = kept(model, tmp_path / "whole")
+    masters = moved(whole.masters())
+    expected = step(whole, masters, batch)
+    for budget in range(0, 40_000, 1700):
+        first = ActivationStore(tmp_path / str(budget), budget)
+        SplitDecoder(model, LAYERS, "mlp").keep(ActivationCache(first), RECORDS, pad_id=0, batch_size=4)
+        if not first.bytes_on_disk:
+            break
+        first.seal("same")
+        again = ActivationStore(tmp_path / str(budget), budget)
+        assert again.reopen("same")
+        decoder = SplitDecoder(model, LAYERS, "mlp")
+        decoder.keep(ActivationCache(again), RECORDS, pad_id=0, batch_size=4)
+        assert all(map(torch.equal, step(decoder, masters, batch), expected))
+    else:
+        pytest.fail("no budget was enough")
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "gptj", "gpt_neo"])
+def test_layers_that_return_a_tuple_are_bypassed_too(architecture, tmp_path):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    sizes = {
+        "bloom": {"hidden_size": 32, "n_layer": 6, "n_head": 4},
+        "gptj": {"n_embd": 32, "n_layer": 6, "n_head": 4, "rotary_dim": 4, "n_positions": 64},
+        "gpt_neo": {"hidden_size": 32, "num_layers": 6, "num_heads": 4, "attention_types": [[["global", "local"], 3]],
+                    "max_position_embeddings": 64},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[architecture](vocab_size=67, **sizes[architecture])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    plain = SplitDecoder(model, (4,), "mlp")
+    masters = moved(plain.masters())
+    batch = collate(RECORDS[:3], pad_id=0)
+    expected = step(plain, masters, batch)
+    store = ActivationStore(tmp_path / "activations", 0)
+    decoder = SplitDecoder(model, (4,), "mlp")
+    decoder.keep(ActivationCache(store), RECORDS[:3], pad_id=0, batch_size=3)
+    assert all(map(torch.equal, step(decoder, masters, batch), expected))
+    store.seal("same")
+    reopened = ActivationStore(tmp_path / "activations", 0)
+    assert reopened.reopen("same")
+    other = SplitDecoder(model, (4,), "mlp")
+    other.keep(ActivationCache(reopened), RECORDS[:3], pad_id=0, batch_size=3)
+    assert all(map(torch.equal, step(other, masters, batch), expected))
+    model.save_pretrained(tmp_path / "model")
+    source = ModelSource("tiny", tmp_path / "model", torch.device("cpu"), torch.float32)
+    settings = {"mask": "answer", "pad_id": 0, "batch_size": 3}
+    streamed = streamed_layer_means(
+        open_skeleton(source), RECORDS, (5, 1), store=ActivationStore(tmp_path / "spill", 0), **settings
+    )
+    assert all(map(torch.equal, streamed, layer_means(model, RECORDS, (5, 1), **settings)))
 
 
 def test_the_frozen_layers_do_not_run_again(tmp_path):

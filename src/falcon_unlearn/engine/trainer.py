@@ -173,7 +173,7 @@ class _MicroBatches:
             try:
                 return _accumulated(loss_of, weight_of, batch.parts(self.size), parameters)
             except RuntimeError as error:  # what the CPU's allocator raises is no OutOfMemoryError
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             # Outside the handler the failed attempt is unreachable, and so is its memory.
             _free_memory()
@@ -187,9 +187,12 @@ class _MicroBatches:
                 self._on_halved(self.size)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator raised it, of whatever device."""
     text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in text for words in ("can't allocate memory", "not enough memory", "backend out of memory")
+    )
 
 
 def _free_memory() -> None:

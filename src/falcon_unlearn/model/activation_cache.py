@@ -39,7 +39,9 @@ class ActivationCache:
 
     def holds(self, records: Sequence[Encoded]) -> bool:
         """Whether all of these records, and at least one, are there."""
-        return bool(records) and all(f"output {record_key(record)}" in self.store for record in records)
+        keys = [record_key(record) for record in records]
+        # Each apart: where memory ran out between the two, a file that outlived the process holds one of them only.
+        return bool(keys) and all(f"{kind} {key}" in self.store for kind in ("input", "output") for key in keys)
 
     def add(self, kind: Kind, records: Iterable[Encoded], activations: Tensor) -> None:
         """Keep ``activations`` ``(records, length, hidden)`` of a right-padded batch."""

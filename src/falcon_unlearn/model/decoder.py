@@ -118,11 +118,16 @@ class LayerReachedError(Exception):
 
 
 @contextlib.contextmanager
-def bypassed(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block these layers hand their hidden states through; their weights are not touched (or on meta)."""
+def bypassed(layers: Iterable[nn.Module], *, as_tuple: bool) -> Iterator[None]:
+    """Inside the block these layers hand their hidden states through; their weights are not touched (or on meta).
 
-    def through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+    Args:
+        layers: of one stack.
+        as_tuple: whether layers of this architecture return a tuple, led by the hidden states.
+    """
+
+    def through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
+        return (hidden_states,) if as_tuple else hidden_states
 
     changed = list(layers)
     for layer in changed:
@@ -160,6 +165,7 @@ class SplitDecoder:
         self._prefix = [stack[i] for i in range(self.first)]
         self._span = [stack[i] for i in range(self.first, self.target + 1)]
         self._cache: ActivationCache | None = None
+        self._as_tuple: bool | None = None
         self._scopes = {i: scope_parameters(stack[i], modules) for i in self.layers}
 
     @property
@@ -192,6 +198,8 @@ class SplitDecoder:
                 prepared = self.prepare(collate(chosen, pad_id).to(self.model.device))
                 cache.add("input", chosen, prepared.hidden)
                 cache.add("output", chosen, prepared.frozen)
+        if self._as_tuple is None:  # all was there: one record shows how layers answer
+            self.prepare(collate(records[:1], pad_id).to(self.model.device))
         self._cache = cache
 
     def identity(self) -> str:
@@ -241,12 +249,14 @@ class SplitDecoder:
 
         def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             outputs.append(first_tensor(output))
+            if not cached:
+                self._as_tuple = isinstance(output, tuple)
             raise LayerReachedError
 
         handles = [layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in self._span]
         handles.append(self._span[-1].register_forward_hook(stop))
         try:
-            with bypassed((*self._prefix, *self._span) if cached else ()):
+            with bypassed((*self._prefix, *self._span) if cached else (), as_tuple=bool(self._as_tuple)):
                 self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         except LayerReachedError:
             pass

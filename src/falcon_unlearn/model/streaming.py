@@ -45,13 +45,15 @@ def stream_layers(
         UserError: a layer's weights are missing, truncated or altered, or the disk is full.
     """
     assert 0 <= last < len(skeleton)
+    as_tuple = False  # layer 0, below which there is nothing to bypass, shows it
     for layer in range(last + 1):
         skeleton.load(layer)
         try:
-            with bypassed(skeleton.stack[:layer]):
+            with bypassed(skeleton.stack[:layer], as_tuple=as_tuple):
                 for number, batch in enumerate(batches):
                     stored = store.get(number) if layer else None
-                    before, after = _through(skeleton, layer, batch.to(skeleton.source.device), stored, masked=masked)
+                    before, output = _through(skeleton, layer, batch.to(skeleton.source.device), stored, masked=masked)
+                    after, as_tuple = first_tensor(output), isinstance(output, tuple)
                     if layer < last:
                         store.put(number, after)
                     visit(layer, number, before, after)
@@ -61,9 +63,9 @@ def stream_layers(
 
 def _through(
     skeleton: Skeleton, index: int, batch: Batch, stored: Tensor | None, *, masked: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Any]:
     """Input and output of one layer, the input being ``stored`` unless that is None."""
-    seen: list[Tensor] = []
+    seen: list[Any] = []
 
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         own = args[0] if args else kwargs["hidden_states"]
@@ -72,7 +74,7 @@ def _through(
         return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
 
     def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append(first_tensor(output))
+        seen.append(output)
         raise LayerReachedError
 
     layer = skeleton.stack[index]
@@ -85,5 +87,5 @@ def _through(
     finally:
         for handle in handles:
             handle.remove()
-    before, after = seen
-    return before, after
+    before, output = seen
+    return before, output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from falcon_unlearn.corpus.batching import Encoded, LossMask, collate, length_sorted_batches
 from falcon_unlearn.model.activation_store import ActivationStore
-from falcon_unlearn.model.decoder import bypassed, find_layers, first_tensor
+from falcon_unlearn.model.decoder import LayerReachedError, find_layers, first_tensor
 from falcon_unlearn.model.skeleton import Skeleton
 from falcon_unlearn.model.streaming import stream_layers
 
@@ -112,17 +113,20 @@ def layer_means(
     def keep(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             collector.add(layer, first_tensor(output), counted)
+            if layer == highest:
+                raise LayerReachedError
 
         return hook
 
     handles = [stack[layer].register_forward_hook(keep(layer)) for layer in dict.fromkeys(layers)]
+    highest = max(layers)
     backbone, masked = getattr(model, model.base_model_prefix, model), _sees_padding(model)
     try:
-        with bypassed(stack[max(layers) + 1 :]):
-            for indices in batches:
-                batch = collate([encoded[i] for i in indices], pad_id).to(model.device)
-                counted = batch.loss_mask(mask)
-                attention = batch.attention_mask if masked else None
+        for indices in batches:
+            batch = collate([encoded[i] for i in indices], pad_id).to(model.device)
+            counted = batch.loss_mask(mask)
+            attention = batch.attention_mask if masked else None
+            with contextlib.suppress(LayerReachedError):
                 backbone(input_ids=batch.input_ids, attention_mask=attention, use_cache=False)
     finally:
         for handle in handles:
