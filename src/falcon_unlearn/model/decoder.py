@@ -198,8 +198,8 @@ class SplitDecoder:
                 prepared = self.prepare(collate(chosen, pad_id).to(self.model.device))
                 cache.add("input", chosen, prepared.hidden)
                 cache.add("output", chosen, prepared.frozen)
-        if self._as_tuple is None:  # all was there: one record shows how layers answer
-            self.prepare(collate(records[:1], pad_id).to(self.model.device))
+        if self._as_tuple is None:  # all was there: one token shows how layers answer
+            self.prepare(collate([Encoded((pad_id,), 0)], pad_id).to(self.model.device))
         self._cache = cache
 
     def identity(self) -> str:
