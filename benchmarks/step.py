@@ -94,7 +94,7 @@ SHAPES = {
     "small": both_depths(SMALL),
     "small-mlp": both_depths(SMALL, "mlp"),
     "eighth": both_depths(EIGHTH),
-    "quick": both_depths(QUICK),
+    "quick": (QUICK,),
     "zephyr-7b": (ZEPHYR,),
     "zephyr-7b-mlp": (dataclasses.replace(ZEPHYR, modules="mlp"),),
     "llama-70b-24": (Shape(8192, 28672, 64, 8, 128256, 24, 23, 4, 512, "down_proj", "bfloat16", False),),
