@@ -7,7 +7,6 @@ one length is assumed for all and said so. Matrix products are counted as in :mo
 from __future__ import annotations
 
 import math
-import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,8 +54,14 @@ from falcon_unlearn.model.loading import (
 )
 from falcon_unlearn.objectives.representation import cosine_retention, info_nce, squared_distance
 from falcon_unlearn.recipe import Recipe
-from falcon_unlearn.selection.sweep import spaced_candidates, split_validation
-from falcon_unlearn.stages import EncodedCorpus, encode_corpus, evaluation_sets
+from falcon_unlearn.selection.sweep import spaced_candidates
+from falcon_unlearn.stages import (
+    EncodedCorpus,
+    activation_samples,
+    encode_corpus,
+    evaluation_sets,
+    validation_parts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -560,7 +565,7 @@ def _selection(inputs: _Inputs, whole: PreTrainedModel) -> list[StageEstimate]:
     if settings.selector != "sweep":
         return stages
     encoded, size = inputs.encoded, recipe.evaluation.batch_size
-    parts, held = _validation(inputs)
+    parts, held = validation_parts(inputs.recipe, inputs.encoded)
     validation = [batch for records in held.values() for batch in _batches(records, size)]
     probability = _probability_flops(validation, layers_flops(whole), head_flops(whole))
     peak = _probability_peak(whole, validation)
@@ -591,13 +596,8 @@ def _selection(inputs: _Inputs, whole: PreTrainedModel) -> list[StageEstimate]:
 
 def _extraction(inputs: _Inputs, whole: PreTrainedModel) -> StageEstimate:
     """One pass over a sample, up to the highest candidate; the estimator itself, in fp64 on the CPU, is not counted."""
-    recipe, encoded = inputs.recipe, inputs.encoded
-    most = recipe.selection.mutual_information.max_samples
-    retain = [item for records in encoded.retain.values() for item in records]
-    sample: list[Encoded] = []
-    for records, limit in (*((r, most) for r in encoded.forget.values()), (retain, most * (len(encoded.forget) + 1))):
-        chosen = random.Random(f"activations {recipe.seed}").sample(range(len(records)), min(limit, len(records)))
-        sample += [records[i] for i in sorted(chosen)]
+    recipe = inputs.recipe
+    sample = [record for part in activation_samples(recipe, inputs.encoded) for record in part]
     rows, batches = len(sample), _batches(sample, recipe.evaluation.batch_size)
     largest = max(batches, key=lambda batch: len(batch) * _width(batch))
     shape = BatchShape(len(largest), _width(largest), 0, padded=False)  # a causal decoder needs no mask for means
@@ -616,23 +616,6 @@ def _extraction(inputs: _Inputs, whole: PreTrainedModel) -> StageEstimate:
         0,
         f"{rows} records once; the estimate of mutual information itself is not counted",
     )
-
-
-def _validation(inputs: _Inputs) -> tuple[dict[str, dict[str, list[Encoded]]], dict[str, list[Encoded]]]:
-    """Training and validation records of the sweep."""
-    recipe, encoded, config = inputs.recipe, inputs.encoded, inputs.recipe.selection.sweep
-    parts: dict[str, dict[str, list[Encoded]]] = {"forget": {}, "retain": {}}
-    held: dict[str, list[Encoded]] = {"forget": [], "retain": []}
-    for side, domains in (("forget", encoded.forget), ("retain", encoded.retain)):
-        for domain, records in domains.items():
-            training, validation = split_validation(
-                encoded.groups[f"{side}.{domain}"], config.validation_share, recipe.seed
-            )
-            parts[side][domain] = [records[i] for i in training]
-            held[side] += [records[i] for i in validation]
-        random.Random(f"validation {recipe.seed}").shuffle(held[side])
-        held[side] = held[side][: config.max_validation]
-    return parts, held
 
 
 # --- the table ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from falcon_unlearn.artifacts import LayerSelection, Metrics, SampleScore, StepRecord, to_plain, write_bytes, write_json
 from falcon_unlearn.console import Console
-from falcon_unlearn.corpus.batching import Encoder
+from falcon_unlearn.corpus.batching import Encoded, Encoder
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, content_hash, load_corpus
 from falcon_unlearn.engine.trainer import CheckpointPlan, InterruptedTrainingError
@@ -34,7 +34,6 @@ from falcon_unlearn.model.loading import (
     fetch_weights,
     load_causal_lm,
     load_config,
-    load_first_layers,
     load_tokenizer,
     number_of_layers,
     quiet_transformers,
@@ -43,7 +42,7 @@ from falcon_unlearn.model.loading import (
 )
 from falcon_unlearn.model.patch import Patch, read_patch, write_patch
 from falcon_unlearn.model.shards import fingerprint, tensor_files, tensor_spans
-from falcon_unlearn.model.skeleton import files_of_first_layers
+from falcon_unlearn.model.skeleton import fetch_first_layers, load_first_layers
 from falcon_unlearn.recipe import Recipe
 from falcon_unlearn.report.html import write_report
 from falcon_unlearn.run_folder import WORKING_FILES, RunFolder, open_run_folder, start_run
@@ -51,6 +50,7 @@ from falcon_unlearn.stages import (
     CachePlan,
     EncodedCorpus,
     Means,
+    Watch,
     alternatives_of,
     as_stored,
     check_layers,
@@ -102,6 +102,7 @@ class _Inputs:
     encoder: Encoder
     corpus: Corpus
     encoded: EncodedCorpus
+    alternatives: Mapping[str, tuple[Encoded, ...]]
     sets: Mapping[str, Sequence[Record]]
     oracle: ModelSource | None
     on_disk: Mapping[str, Any]  # tensors in use, or all: name on disk -> span
@@ -167,9 +168,9 @@ def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
     )
     with quiet_transformers():  # long records are our message to give
         encoded = encode_corpus(recipe, corpus, encoder, config)
-    alternatives_of(recipe, encoded, encoder)  # that there are none should show before anything is written
+    alternatives = alternatives_of(recipe, encoded, encoder)
     sets = evaluation_sets(recipe, corpus, base_dir) if recipe.evaluation.enabled else {}
-    return _Inputs(recipe, source, config, encoder, corpus, encoded, sets, oracle, on_disk, console)
+    return _Inputs(recipe, source, config, encoder, corpus, encoded, alternatives, sets, oracle, on_disk, console)
 
 
 def _tensors_in_use(recipe: Recipe, source: ModelSource) -> set[str] | None:
@@ -180,8 +181,7 @@ def _tensors_in_use(recipe: Recipe, source: ModelSource) -> set[str] | None:
         fetch_weights(source)
         return None
     count = min(max(layers) + 1, number_of_layers(load_config(source)))  # too high is a mistake named later
-    fetch_weights(source, count)
-    files = files_of_first_layers(source, count)
+    files = fetch_first_layers(source, count)
     return {name for name, file in tensor_files(source.folder).items() if file in files}
 
 
@@ -279,29 +279,12 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
             records = "1 record" if size == 1 else f"{size} records"
             inputs.console.say(f"out of memory: going on from the same step with {records} per forward pass")
 
+        watch = Watch(plan, on_step, on_resume, on_halved)
         if whole:
-            trained = unlearn_whole(
-                recipe,
-                model,
-                inputs.encoded,
-                inputs.encoder,
-                checkpoint=plan,
-                on_step=on_step,
-                on_resume=on_resume,
-                on_halved=on_halved,
-            )
+            trained = unlearn_whole(recipe, model, inputs.encoded, inputs.alternatives, watch)
         else:
-            trained = unlearn_layers(
-                recipe,
-                model,
-                inputs.encoded,
-                selection,
-                cache=CachePlan(folder / "activations", resume, inputs.console.say),
-                checkpoint=plan,
-                on_step=on_step,
-                on_resume=on_resume,
-                on_halved=on_halved,
-            )
+            cache = CachePlan(folder / "activations", resume, inputs.console.say)
+            trained = unlearn_layers(recipe, model, inputs.encoded, selection, cache=cache, watch=watch)
     inputs.diagnostics.update(trained.diagnostics)
     if trained.save_adapter is not None and recipe.training.lora is not None and recipe.training.lora.keep_adapter:
         trained.save_adapter(folder / "adapter", recipe.model)

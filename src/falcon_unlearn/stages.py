@@ -325,10 +325,9 @@ def select_layers(
     return LayerSelection(settings.selector, layers, target, criterion, scores, information, tuple(notes))
 
 
-def _information(
-    recipe: Recipe, means: Means, encoded: EncodedCorpus, candidates: Sequence[int]
-) -> MutualInformationCurve:
-    config = recipe.selection.mutual_information
+def activation_samples(recipe: Recipe, encoded: EncodedCorpus) -> list[list[Encoded]]:
+    """The records whose activations mutual information is estimated from: one list a forget domain, then retain."""
+    most = recipe.selection.mutual_information.max_samples
 
     def drawn(records: Sequence[Encoded], limit: int) -> list[Encoded]:
         chosen = random.Random(f"activations {recipe.seed}").sample(range(len(records)), min(limit, len(records)))
@@ -336,8 +335,15 @@ def _information(
 
     # The nulls need as many retain rows again for every forget domain.
     retain = [item for records in encoded.retain.values() for item in records]
-    parts = [drawn(records, config.max_samples) for records in encoded.forget.values()]
-    parts.append(drawn(retain, config.max_samples * (len(encoded.forget) + 1)))
+    forget = [drawn(records, most) for records in encoded.forget.values()]
+    return [*forget, drawn(retain, most * (len(encoded.forget) + 1))]
+
+
+def _information(
+    recipe: Recipe, means: Means, encoded: EncodedCorpus, candidates: Sequence[int]
+) -> MutualInformationCurve:
+    config = recipe.selection.mutual_information
+    parts = activation_samples(recipe, encoded)
     # All in one go: streaming reads each layer once.
     found = means([record for part in parts for record in part], candidates)
     split = [torch.split(layer, [len(part) for part in parts]) for layer in found]
@@ -352,9 +358,10 @@ def _information(
     )
 
 
-def _sweep(
-    recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus, candidates: Sequence[int], console: Console
-) -> tuple[int, tuple[LayerScore, ...]]:
+def validation_parts(
+    recipe: Recipe, encoded: EncodedCorpus
+) -> tuple[dict[str, dict[str, list[Encoded]]], dict[str, list[Encoded]]]:
+    """What trials of the sweep train on, by side and domain, and the records of each side that they are judged on."""
     config = recipe.selection.sweep
     parts: dict[str, dict[str, list[Encoded]]] = {"forget": {}, "retain": {}}
     held: dict[str, list[Encoded]] = {"forget": [], "retain": []}
@@ -367,6 +374,13 @@ def _sweep(
             held[side] += [records[i] for i in validation]
         random.Random(f"validation {recipe.seed}").shuffle(held[side])
         held[side] = held[side][: config.max_validation]
+    return parts, held
+
+
+def _sweep(
+    recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus, candidates: Sequence[int], console: Console
+) -> tuple[int, tuple[LayerScore, ...]]:
+    parts, held = validation_parts(recipe, encoded)
 
     def probability(side: str) -> float:
         values = answer_log_probabilities(model, held[side], encoded.pad_id, recipe.evaluation.batch_size, model.device)
@@ -376,7 +390,7 @@ def _sweep(
     before = {side: probability(side) for side in held}
     if not all(value > 0 for value in before.values()):
         raise UserError("selection: the model gives the validation answers no probability at all; name layers instead")
-    trial_training = recipe.training.model_copy(update={"steps": config.steps})
+    trial_training = recipe.training.model_copy(update={"steps": recipe.selection.sweep.steps})
     data = TrainingData(parts["forget"], parts["retain"], encoded.pad_id, model.device)
 
     spill = recipe.output if Path(recipe.output).is_dir() else None
@@ -473,6 +487,23 @@ def _keep_activations(training: TrainingConfig, decoder: SplitDecoder, data: Tra
     return len(records) == len(everything)
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What is told of a training run while it goes on.
+
+    Attributes:
+        checkpoint: given the initial masters and the tensors that will change, says where the state is kept.
+        on_step: called after each step.
+        on_resume: called once with the number of steps that were already done.
+        on_halved: called with the new micro-batch size when memory did not suffice.
+    """
+
+    checkpoint: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], CheckpointPlan]
+    on_step: Callable[[StepRecord], None]
+    on_resume: Callable[[int], None]
+    on_halved: Callable[[int], None]
+
+
 @_memory_errors()
 def _train(
     recipe: Recipe,
@@ -485,9 +516,7 @@ def _train(
     cache: CachePlan,
     own_model: bool = False,
     checkpoint: CheckpointPlan | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
-    on_resume: Callable[[int], None] | None = None,
-    on_halved: Callable[[int], None] | None = None,
+    watch: Watch | None = None,
 ) -> Method:
     complete = _keep_activations(training, decoder, data, cache)
     if complete and own_model:
@@ -502,9 +531,9 @@ def _train(
         seed=recipe.seed,
         hidden_size=decoder.hidden_size,
         checkpoint=checkpoint,
-        on_step=on_step,
-        on_resume=on_resume,
-        on_halved=on_halved,
+        on_step=None if watch is None else watch.on_step,
+        on_resume=None if watch is None else watch.on_resume,
+        on_halved=None if watch is None else watch.on_halved,
     )
     return method
 
@@ -559,10 +588,7 @@ def unlearn_layers(
     selection: LayerSelection,
     *,
     cache: CachePlan,
-    checkpoint: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], CheckpointPlan],
-    on_step: Callable[[StepRecord], None],
-    on_resume: Callable[[int], None],
-    on_halved: Callable[[int], None],
+    watch: Watch,
 ) -> Unlearned:
     """Train the selected layers of ``model``.
 
@@ -572,16 +598,13 @@ def unlearn_layers(
         encoded: the corpus.
         selection: which layers.
         cache: where frozen activations are kept beyond the memory for them.
-        checkpoint: given the initial masters and the tensors that will change, says where the state is kept.
-        on_step: called after each step.
-        on_resume: called once with the number of steps that were already done.
-        on_halved: called with the new micro-batch size when memory did not suffice.
+        watch: told of the training.
     """
     adapters, scope = _scope(recipe, model, selection.layers)
     decoder = SplitDecoder(model, selection.layers, scope)
     masters = decoder.masters()
     data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, model.device)
-    plan = checkpoint(masters, masters if adapters is None else adapters.originals())
+    plan = watch.checkpoint(masters, masters if adapters is None else adapters.originals())
     method = _train(
         recipe,
         recipe.training,
@@ -592,9 +615,7 @@ def unlearn_layers(
         cache=cache,
         own_model=True,
         checkpoint=plan,
-        on_step=on_step,
-        on_resume=on_resume,
-        on_halved=on_halved,
+        watch=watch,
     )
     return _unlearned(decoder, masters, adapters, method.diagnostics())
 
@@ -604,12 +625,8 @@ def unlearn_whole(
     recipe: Recipe,
     model: PreTrainedModel,
     encoded: EncodedCorpus,
-    encoder: Encoder,
-    *,
-    checkpoint: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], CheckpointPlan],
-    on_step: Callable[[StepRecord], None],
-    on_resume: Callable[[int], None],
-    on_halved: Callable[[int], None],
+    alternatives: Mapping[str, tuple[Encoded, ...]],
+    watch: Watch,
 ) -> Unlearned:
     """Train or edit the whole model, or of it the layers and modules that the recipe names.
 
@@ -617,14 +634,8 @@ def unlearn_whole(
         recipe: method and training settings.
         model: with its head; of no other use afterwards.
         encoded: the corpus.
-        encoder: for other answers to the forget questions.
-        checkpoint: given the initial masters and the tensors that will change, says where the state is kept.
-        on_step: called after each step.
-        on_resume: called once with the number of steps that were already done.
-        on_halved: called with the new micro-batch size when memory did not suffice.
-
-    Raises:
-        UserError: the method needs questions and answers and the forget records have none.
+        alternatives: from :func:`alternatives_of`.
+        watch: told of the training.
     """
     layers, training = recipe.selection.layers, recipe.training
     adapters, scope = _scope(recipe, model, _numbers(layers, model))
@@ -634,7 +645,7 @@ def unlearn_whole(
     setup = WholeSetup(
         whole,
         data.first_batches(_at_once(training)),
-        alternatives_of(recipe, encoded, encoder),
+        alternatives,
         encoded.loss_mask,
         encoded.pad_id,
         recipe.seed,
@@ -642,10 +653,10 @@ def unlearn_whole(
     )
     entry = METHODS[recipe.method.name]
     masters = whole.masters()
-    plan = checkpoint(masters, masters if adapters is None else adapters.originals())
+    plan = watch.checkpoint(masters, masters if adapters is None else adapters.originals())
     method = entry.build(recipe.method, setup)
     if entry.kind == "edit":
-        on_resume(0)
+        watch.on_resume(0)
         method.edit(data.retain_batches(_at_once(training)), masters)
     else:
         if not method.keeps_reference:
@@ -658,9 +669,9 @@ def unlearn_whole(
             seed=recipe.seed,
             hidden_size=whole.hidden_size,
             checkpoint=plan,
-            on_step=on_step,
-            on_resume=on_resume,
-            on_halved=on_halved,
+            on_step=watch.on_step,
+            on_resume=watch.on_resume,
+            on_halved=watch.on_halved,
         )
     return _unlearned(whole, masters, adapters, method.diagnostics())
 

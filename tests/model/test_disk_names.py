@@ -10,7 +10,8 @@ from transformers import AutoModel
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.model.decoder import SplitDecoder
 from falcon_unlearn.model.disk_names import TORCH_DTYPES, to_disk
-from falcon_unlearn.model.loading import ModelSource, load_causal_lm, load_first_layers
+from falcon_unlearn.model.loading import ModelSource, load_causal_lm
+from falcon_unlearn.model.skeleton import load_first_layers
 
 LAYERS = (1, 2)
 

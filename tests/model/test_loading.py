@@ -20,14 +20,13 @@ from falcon_unlearn.model.loading import (
     fetch_weights,
     load_causal_lm,
     load_config,
-    load_first_layers,
     load_tokenizer,
     number_of_layers,
     quiet_transformers,
     resolve_device,
     resolve_model,
 )
-from falcon_unlearn.model.skeleton import open_skeleton
+from falcon_unlearn.model.skeleton import fetch_first_layers, load_first_layers, open_skeleton
 
 COUNT = 3
 HUB_ID, COMMIT = "owner/llama", "5" * 40
@@ -274,7 +273,7 @@ class TestHub:
         assert {"config.json", "model.safetensors.index.json"} <= set(hub.fetched)
         assert self.weights(hub) == set()
         assert load_config(source).num_hidden_layers == 5
-        fetch_weights(source, 2)
+        fetch_first_layers(source, 2)
         first = self.weights(hub)
         assert first == self.files_of(hub, 0, 1)
         model = load_first_layers(source, 2)
@@ -316,7 +315,7 @@ class TestHub:
     def test_a_truncated_download_is_one_line(self, hub, tmp_path):
         source = self.source(tmp_path, weights=False)
         hub.truncated |= self.files_of(hub, 1) - self.files_of(hub, 0)
-        fetch_weights(source, 1)
+        fetch_first_layers(source, 1)
         with pytest.raises(UserError, match=r"^model: 'owner/llama' .*could not be fetched .*should be of") as caught:
             load_first_layers(source, 2)
         assert "\n" not in str(caught.value)
@@ -332,7 +331,7 @@ class TestHub:
         source = resolve_model(str(llama_folder), tmp_path, device="cpu", weights=False)
         assert source.revision is None
         fetch_weights(source)
-        fetch_weights(source, 2)
+        fetch_first_layers(source, 2)
         assert hub.fetched == []
 
 

@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3ForConditio
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.model import skeleton as module
 from falcon_unlearn.model.decoder import SplitDecoder, find_layers
-from falcon_unlearn.model.loading import ModelSource, load_first_layers
-from falcon_unlearn.model.skeleton import files_of_first_layers, load_layers, open_skeleton
+from falcon_unlearn.model.loading import ModelSource
+from falcon_unlearn.model.skeleton import fetch_first_layers, load_first_layers, load_layers, open_skeleton
 
 
 def source_of(folder, dtype=torch.float32):
@@ -132,9 +132,9 @@ class TestEveryArchitecture:
         count = 2
         later = {n for n in shards(saved) if any(of_layer(n, i) for i in range(count, LAYERS))}
         used = shards(saved).keys() - later - {"lm_head.weight", "embed_out.weight"}
-        assert files_of_first_layers(source_of(saved), count) == {shards(saved)[n] for n in used}
+        assert fetch_first_layers(source_of(saved), count) == {shards(saved)[n] for n in used}
         folder = shutil.copytree(saved, tmp_path / "part")
-        for file in set(shards(saved).values()) - files_of_first_layers(source_of(saved), count):
+        for file in set(shards(saved).values()) - fetch_first_layers(source_of(saved), count):
             (folder / file).unlink()
         assert len(list(folder.glob("*.safetensors"))) < len(set(shards(saved).values()))
         loaded = load_first_layers(source_of(folder), count)
@@ -281,4 +281,4 @@ class TestUnusable:
         with pytest.raises(UserError, match="has 5 layers, 6 were asked for"):
             load_layers(source_of(llama_folder), 2, 5)
         with pytest.raises(UserError, match="has 5 layers, 6 were asked for"):
-            files_of_first_layers(source_of(llama_folder), 6)
+            fetch_first_layers(source_of(llama_folder), 6)

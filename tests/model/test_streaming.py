@@ -115,8 +115,8 @@ MEASURE = """
 import sys, pathlib, torch
 from falcon_unlearn.corpus.batching import Batch
 from falcon_unlearn.model.activation_store import ActivationStore
-from falcon_unlearn.model.loading import ModelSource, load_first_layers
-from falcon_unlearn.model.skeleton import open_skeleton
+from falcon_unlearn.model.loading import ModelSource
+from falcon_unlearn.model.skeleton import load_first_layers, open_skeleton
 from falcon_unlearn.model.streaming import stream_layers
 
 torch.set_num_threads(1)

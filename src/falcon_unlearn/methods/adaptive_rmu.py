@@ -15,7 +15,7 @@ from torch import Tensor
 
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch
-from falcon_unlearn.methods.base import Setup, Side, generator_for
+from falcon_unlearn.methods.base import Setup, Side, counted_activations, counted_tokens, generator_for
 from falcon_unlearn.objectives.representation import squared_distance
 
 
@@ -50,19 +50,15 @@ class AdaptiveRmu:
 
     def weight(self, side: Side, batch: Batch) -> int:
         """Counted tokens, on both sides."""
-        return int(batch.loss_mask(self._setup.loss_mask).sum())
+        return counted_tokens(self._setup, batch)
 
     def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
-        decoder, counted = self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
-        prepared = decoder.prepare(batch)
-        norms = prepared.frozen[counted].float().norm(dim=-1, keepdim=True)
-        target = self.config.scale * norms * self._directions[domain]
-        return self.config.forget_weight * squared_distance(decoder.updated(prepared, masters)[counted], target)
+        updated, frozen = counted_activations(self._setup, batch, masters)
+        target = self.config.scale * frozen.float().norm(dim=-1, keepdim=True) * self._directions[domain]
+        return self.config.forget_weight * squared_distance(updated, target)
 
     def retain_loss(self, step: int, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
-        decoder, counted = self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
-        prepared = decoder.prepare(batch)
-        loss = squared_distance(decoder.updated(prepared, masters)[counted], prepared.frozen[counted])
-        return self.config.retain_weight * loss
+        updated, frozen = counted_activations(self._setup, batch, masters)
+        return self.config.retain_weight * squared_distance(updated, frozen)

@@ -123,6 +123,18 @@ def generator_for(seed: int, *parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def counted_tokens(setup: Setup, batch: Batch) -> int:
+    """How many tokens of ``batch`` take part in a loss."""
+    return int(batch.loss_mask(setup.loss_mask).sum())
+
+
+def counted_activations(setup: Setup, batch: Batch, masters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Target-layer activations of the counted tokens, ``(N, hidden)``: with ``masters``, and the original model's."""
+    counted = batch.loss_mask(setup.loss_mask)
+    prepared = setup.decoder.prepare(batch)
+    return setup.decoder.updated(prepared, masters)[counted], prepared.frozen[counted]
+
+
 def masked_activations(setup: Setup, domain: str, max_tokens: int) -> Tensor:
     """Frozen target-layer activations of a domain's counted tokens, ``(N <= max_tokens, hidden)``."""
     parts: list[Tensor] = []

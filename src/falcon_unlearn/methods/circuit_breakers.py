@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch
-from falcon_unlearn.methods.base import Setup, Side
+from falcon_unlearn.methods.base import Setup, Side, counted_activations, counted_tokens
 
 
 class CircuitBreakersConfig(Section):
@@ -47,7 +47,7 @@ class CircuitBreakers:
 
     def weight(self, side: Side, batch: Batch) -> int:
         """Counted tokens, on both sides."""
-        return int(batch.loss_mask(self._setup.loss_mask).sum())
+        return counted_tokens(self._setup, batch)
 
     def _weights(self, step: int) -> tuple[float, float]:
         """c_f and c_r at this step."""
@@ -59,17 +59,13 @@ class CircuitBreakers:
 
     def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
-        decoder, counted = self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
-        prepared = decoder.prepare(batch)
-        updated, frozen = decoder.updated(prepared, masters)[counted], prepared.frozen[counted]
+        updated, frozen = counted_activations(self._setup, batch, masters)
         similarity = F.cosine_similarity(updated.float(), frozen.float(), dim=-1)
         return self._weights(step)[0] * similarity.relu().mean()
 
     def retain_loss(self, step: int, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
-        decoder, counted = self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
-        prepared = decoder.prepare(batch)
-        updated, frozen = decoder.updated(prepared, masters)[counted], prepared.frozen[counted]
+        updated, frozen = counted_activations(self._setup, batch, masters)
         # The norm has no gradient at zero, where training begins.
         distance = ((updated.float() - frozen.float()).square().sum(-1) + 1e-12).sqrt().mean()
         return self._weights(step)[1] * distance

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch
-from falcon_unlearn.methods.base import Setup, Side, generator_for, masked_activations
+from falcon_unlearn.methods.base import (
+    Setup,
+    Side,
+    counted_activations,
+    counted_tokens,
+    generator_for,
+    masked_activations,
+)
 from falcon_unlearn.objectives.offset_vectors import (
     Nonlinearity,
     PrincipalSubspace,
@@ -110,15 +117,14 @@ class Falcon:
 
     def weight(self, side: Side, batch: Batch) -> int:
         """Counted tokens, on both sides."""
-        return int(batch.loss_mask(self._setup.loss_mask).sum())
+        return counted_tokens(self._setup, batch)
 
     def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
-        config, decoder, counted = self.config, self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
-        prepared = decoder.prepare(batch)
-        frozen = prepared.frozen[counted]
+        config = self.config
+        updated, frozen = counted_activations(self._setup, batch, masters)
         loss = info_nce(
-            decoder.updated(prepared, masters)[counted],
+            updated,
             self.offset_vector(step, domain),
             frozen[:, None] if config.negatives == "same_token" else frozen,
             config.temperature,
@@ -127,7 +133,5 @@ class Falcon:
 
     def retain_loss(self, step: int, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
-        decoder, counted = self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
-        prepared = decoder.prepare(batch)
-        loss = cosine_retention(decoder.updated(prepared, masters)[counted], prepared.frozen[counted])
-        return self.config.retain_weight * loss
+        updated, frozen = counted_activations(self._setup, batch, masters)
+        return self.config.retain_weight * cosine_retention(updated, frozen)

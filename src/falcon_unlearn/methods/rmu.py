@@ -15,7 +15,14 @@ from torch import Tensor
 
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch
-from falcon_unlearn.methods.base import Setup, Side, generator_for, masked_activations
+from falcon_unlearn.methods.base import (
+    Setup,
+    Side,
+    counted_activations,
+    counted_tokens,
+    generator_for,
+    masked_activations,
+)
 from falcon_unlearn.objectives.representation import squared_distance
 
 
@@ -58,17 +65,14 @@ class Rmu:
 
     def weight(self, side: Side, batch: Batch) -> int:
         """Counted tokens, on both sides."""
-        return int(batch.loss_mask(self._setup.loss_mask).sum())
+        return counted_tokens(self._setup, batch)
 
     def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
-        decoder, counted = self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
-        updated = decoder.updated(decoder.prepare(batch), masters)[counted]
+        updated, _ = counted_activations(self._setup, batch, masters)
         return self.config.forget_weight * squared_distance(updated, self._targets[domain])
 
     def retain_loss(self, step: int, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
-        decoder, counted = self._setup.decoder, batch.loss_mask(self._setup.loss_mask)
-        prepared = decoder.prepare(batch)
-        loss = squared_distance(decoder.updated(prepared, masters)[counted], prepared.frozen[counted])
-        return self.config.retain_weight * loss
+        updated, frozen = counted_activations(self._setup, batch, masters)
+        return self.config.retain_weight * squared_distance(updated, frozen)

@@ -103,24 +103,14 @@ def checkpoint_folder(name: str, base_dir: Path, key: str, *, trust_remote_code:
     return resolve_model(name, base_dir, device="cpu", trust_remote_code=trust_remote_code, key=key).folder
 
 
-def fetch_weights(source: ModelSource, layers: int | None = None) -> None:
+def fetch_weights(source: ModelSource) -> None:
     """Download what a hub id's folder still lacks of its weights; a local folder is left as it is.
 
-    Args:
-        source: the model.
-        layers: only the shards with the embeddings and the first so many layers; None for everything.
-
     Raises:
-        UserError: the download failed, or ``layers`` are more than there are.
+        UserError: the download failed.
     """
-    if source.revision is None:
-        return
-    if layers is None:
+    if source.revision is not None:
         fetch_files(source, weight_files(source.folder))
-    else:
-        from falcon_unlearn.model.skeleton import files_of_first_layers
-
-        fetch_files(source, files_of_first_layers(source, layers))
 
 
 def fetch_files(source: ModelSource, files: Collection[str]) -> None:
@@ -269,19 +259,6 @@ def load_causal_lm(source: ModelSource) -> PreTrainedModel:
     model.eval()
     model.to(source.device)
     return model
-
-
-def load_first_layers(source: ModelSource, count: int) -> PreTrainedModel:
-    """Embeddings and the first ``count`` decoder layers only: no later layer, no head is read.
-
-    Never ``save_pretrained`` the result: it is not the whole model.
-
-    Raises:
-        UserError: as :func:`falcon_unlearn.model.skeleton.open_skeleton`, or there are fewer layers.
-    """
-    from falcon_unlearn.model.skeleton import load_first_layers as load  # built on this module
-
-    return load(source, count)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

@@ -259,17 +259,22 @@ def _plan(source: ModelSource) -> _Plan:
     return _Plan(config, model, stack_name, _lay_out(model, stack_name, list(tensor_files(source.folder))))
 
 
-def files_of_first_layers(source: ModelSource, count: int) -> set[str]:
-    """The shards that hold the parts outside the layer stack and the first ``count`` layers.
+def fetch_first_layers(source: ModelSource, count: int) -> set[str]:
+    """Download what a hub id's folder lacks of the parts outside the layer stack and the first ``count`` layers.
+
+    Returns:
+        The files these are in, of a local folder too.
 
     Raises:
-        UserError: as :func:`open_skeleton`, or there are fewer layers.
+        UserError: the download failed, or as :func:`open_skeleton`, or there are fewer layers.
     """
     plan = _plan(source)
     _check_count(source, count, len(plan.layout.layers))
     files = tensor_files(source.folder)
     parts = (plan.layout.outer, *plan.layout.layers[:count])
-    return {files[key] for part in parts for keys in part.values() for key in keys}
+    used = {files[key] for part in parts for keys in part.values() for key in keys}
+    fetch_files(source, used)
+    return used
 
 
 def _check_count(source: ModelSource, count: int, total: int) -> None:
@@ -322,7 +327,13 @@ def load_layers(source: ModelSource, first: int, target: int) -> PreTrainedModel
 
 
 def load_first_layers(source: ModelSource, count: int) -> PreTrainedModel:
-    """See :func:`falcon_unlearn.model.loading.load_first_layers`."""
+    """Embeddings and the first ``count`` decoder layers only: no later layer, no head is read.
+
+    Never ``save_pretrained`` the result: it is not the whole model.
+
+    Raises:
+        UserError: as :func:`open_skeleton`, or there are fewer layers.
+    """
     _check_count(source, count, number_of_layers(load_config(source)))
     model = load_layers(source, 0, count - 1)
     _, stack = find_layers(model)
