@@ -90,6 +90,9 @@ class SampleScore:
         truth_ratio: wrong / right, from mean log-probabilities per token of the perturbed and paraphrased answers.
         normalised_probability: right / (right + sum of wrong), of geometric-mean probabilities per token, where the
             record has perturbed answers but no paraphrase; model utility then uses it in place of ``probability``.
+        log_probability: mean log-probability per answer token (nats); what the other numbers are made of.
+        paraphrased_log_probability: the same of the paraphrased answer.
+        perturbed_log_probabilities: the same of each wrong answer.
     """
 
     set: str
@@ -105,6 +108,41 @@ class SampleScore:
     accuracy_heldout: float | None = None
     entity: str | None = None
     normalised_probability: float | None = None
+    log_probability: float | None = None
+    paraphrased_log_probability: float | None = None
+    perturbed_log_probabilities: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An aggregate over ``n`` samples with its 95 % bootstrap interval.
+
+    ``low`` and ``high`` are None where no interval can be given (a p-value, a single sample). ``unscorable`` samples
+    are NaN and left out of ``value``. ``value`` is None where the data does not allow the number.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    unscorable: int = 0
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """The numbers of one evaluation suite on one model.
+
+    Attributes:
+        suite: its name.
+        metrics: named estimates, in the order they are shown.
+        statements: what can and what cannot be concluded, in plain words.
+        settings: what the numbers were made with (template, tasks, versions), JSON types.
+    """
+
+    suite: str
+    metrics: Mapping[str, Estimate]
+    statements: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
