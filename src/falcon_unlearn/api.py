@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from falcon_unlearn import pipeline
 from falcon_unlearn import recipe as recipes
@@ -15,7 +12,7 @@ from falcon_unlearn.artifacts import LayerSelection
 from falcon_unlearn.console import Console
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.model import patch as patches
-from falcon_unlearn.model.disk_names import TORCH_DTYPES, to_disk
+from falcon_unlearn.model.patched import apply_in_memory
 from falcon_unlearn.pipeline import Run
 from falcon_unlearn.recipe import Recipe
 
@@ -102,42 +99,8 @@ def apply_patch(
             raise UserError("apply_patch: a checkpoint folder is never changed in place; name the out folder")
         patches.apply_patch(loaded, Path(model), Path(out), link=link)
         return Path(out)
-    _apply_in_memory(loaded, model)
+    apply_in_memory(loaded, model)
     return model
-
-
-def _apply_in_memory(patch: patches.Patch, model: PreTrainedModel) -> None:
-    from safetensors.torch import load_file
-
-    values = load_file(patch.folder / patches.PATCH_FILE)
-    parameters = dict(model.named_parameters())
-    prefix = f"{model.base_model_prefix}."
-    names = {}
-    for stored in values:
-        candidates = (stored, prefix + stored, stored.removeprefix(prefix))
-        found = next((name for name in candidates if name in parameters), None)
-        if found is None or list(to_disk(model, {found: parameters[found]}, values)) != [stored]:
-            raise UserError(
-                f"patch {patch.folder}: {stored} has no tensor of its own in this {type(model).__name__}; "
-                "apply the patch to the checkpoint folder instead"
-            )
-        names[stored] = found
-    _check_base(patch, parameters, names)
-    with torch.no_grad():
-        for stored, name in names.items():
-            parameters[name].copy_(values[stored])
-
-
-def _check_base(patch: patches.Patch, parameters: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
-    """Refuse a model whose tensors, rounded to the checkpoint's dtype, are not those the patch was made for."""
-    for stored, name in names.items():
-        change, value = patch.tensors[stored], parameters[name].detach().cpu().contiguous()
-        if tuple(value.shape) != tuple(change.shape):
-            raise UserError(f"patch {patch.folder}: {stored} has shape {tuple(value.shape)}, not {change.shape}")
-        stored_as = value.to(TORCH_DTYPES[change.dtype])
-        digest = hashlib.sha256(stored_as.view(torch.uint8).numpy().tobytes()).hexdigest()
-        if digest != change.sha256_before:
-            raise UserError(f"patch {patch.folder}: {stored} of this model is not the one the patch was made for")
 
 
 def revert_patch(patch: str | Path, model: str | Path, out: str | Path | None = None) -> Path:

@@ -7,8 +7,10 @@ import dataclasses
 import json
 import math
 import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +149,12 @@ class SuiteResult:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Numbers of one model, from its sample scores. None where the data does not allow the number."""
+    """Numbers of one model, from its sample scores. None where the data does not allow the number.
+
+    ``intervals`` holds the 95 % bootstrap interval of each mean, of each of ``utility_parts`` and of
+    ``model_utility`` by that name, where one can be given; a p-value has none. ``attacks`` says what each
+    attack brought back (``recovered_accuracy`` and so on).
+    """
 
     forget_probability: float
     forget_accuracy: float
@@ -159,6 +166,9 @@ class Metrics:
     model_utility: float | None
     utility_parts: Mapping[str, float] = field(default_factory=dict)
     unscorable: int = 0
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    suites: Mapping[str, SuiteResult] = field(default_factory=dict)
+    attacks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 def to_plain(value: Any) -> Any:
@@ -212,11 +222,20 @@ def layer_selection_from(row: Mapping[str, Any]) -> LayerSelection:
 def sample_score_from(row: Mapping[str, Any]) -> SampleScore:
     """Read a line of ``scores/*.jsonl`` back; a null in a number that is always there is NaN."""
     always = {"probability", "accuracy", "rouge"}
+    if row.get("probability") is None and "log_probability" in row:
+        always.add("log_probability")
     values = {
         f.name: math.nan if f.name in always and row.get(f.name) is None else row.get(f.name)
         for f in dataclasses.fields(SampleScore)
     }
+    values["perturbed_log_probabilities"] = tuple(map(_number, row.get("perturbed_log_probabilities") or ()))
     return SampleScore(**values)  # type: ignore[arg-type]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    packages = ("falcon-unlearn", "torch", "transformers", "tokenizers", "safetensors", "datasets", "scipy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 @contextlib.contextmanager

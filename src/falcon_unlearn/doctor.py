@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 TEST_PACKAGES = {"scikit-learn": "sklearn", "pytest": "pytest", "hypothesis": "hypothesis"}
-EXTRAS = {"sweep": "optuna", "lora": "peft", "bitsandbytes": "bitsandbytes"}
+EXTRAS = {"sweep": "optuna", "lora": "peft", "bitsandbytes": "bitsandbytes", "lm-eval": "lm_eval"}
 """Extra -> the package it brings."""
 
 
@@ -18,8 +18,8 @@ def examine() -> dict[str, Any]:
     """Facts and advice, both plain strings."""
     import torch
 
+    from falcon_unlearn.artifacts import versions
     from falcon_unlearn.embedded import cache_folder
-    from falcon_unlearn.pipeline import versions
 
     facts: dict[str, str] = dict(versions())
     advice: list[str] = []

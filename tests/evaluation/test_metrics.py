@@ -1,5 +1,6 @@
 """The published logs give the published numbers; formulas agree with their naive forms."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,13 +16,17 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from falcon_unlearn.artifacts import SampleScore
+from falcon_unlearn.evaluation.intervals import CONFIDENCE
 from falcon_unlearn.evaluation.metrics import (
     compute_metrics,
+    estimates,
     forget_quality,
     forget_truth_ratio,
     harmonic_mean,
     log10_ks_p_value,
     normalised_probability,
+    paper_truth_ratio,
+    sample_truth_ratio,
     truth_ratio,
     utility_truth_ratio,
 )
@@ -124,6 +129,42 @@ def test_truth_ratio_is_wrong_over_correct(right, wrong):
 
 
 @given(log_probability, st.lists(log_probability, min_size=1, max_size=5))
+def test_the_papers_truth_ratio_averages_probabilities_and_is_never_below_the_codes(right, wrong):
+    naive = sum(math.exp(w) for w in wrong) / len(wrong) / math.exp(right)
+    assert paper_truth_ratio(right, wrong) == pytest.approx(naive, rel=1e-9)
+    assert paper_truth_ratio(right, wrong) >= truth_ratio(right, wrong) * (1 - 1e-12)
+    assert paper_truth_ratio(right, wrong[:1]) == pytest.approx(truth_ratio(right, wrong[:1]), rel=1e-9)
+
+
+@given(log_probability, log_probability, st.lists(log_probability, min_size=1, max_size=5))
+def test_a_samples_truth_ratio_by_either_definition(answer, paraphrase, wrong):
+    with_paraphrase = sample(
+        truth_ratio=truth_ratio(paraphrase, wrong),
+        log_probability=answer,
+        paraphrased_log_probability=paraphrase,
+        perturbed_log_probabilities=tuple(wrong),
+    )
+    without = sample(
+        truth_ratio=truth_ratio(answer, wrong), log_probability=answer, perturbed_log_probabilities=tuple(wrong)
+    )
+    assert sample_truth_ratio(with_paraphrase) == with_paraphrase.truth_ratio
+    assert sample_truth_ratio(with_paraphrase, "paper") == paper_truth_ratio(paraphrase, wrong)
+    assert sample_truth_ratio(without, "paper") == paper_truth_ratio(answer, wrong)
+
+
+def test_the_papers_truth_ratio_without_log_probabilities_is_unscorable():
+    assert sample_truth_ratio(sample(), "paper") is None
+    assert math.isnan(sample_truth_ratio(sample(truth_ratio=0.5), "paper"))
+    metrics = compute_metrics(
+        {"forget": [sample(truth_ratio=0.5)], "retain": [sample(truth_ratio=0.5)]},
+        [sample(truth_ratio=0.5)],
+        definition="paper",
+    )
+    assert metrics.forget_quality is None
+    assert math.isnan(metrics.model_utility)
+
+
+@given(log_probability, st.lists(log_probability, min_size=1, max_size=5))
 def test_normalised_probability_is_the_share_of_the_right_answer(right, wrong):
     naive = math.exp(right) / (math.exp(right) + sum(map(math.exp, wrong)))
     assert normalised_probability(right, wrong) == pytest.approx(naive, rel=1e-9)
@@ -134,6 +175,9 @@ def test_truth_ratio_of_a_diverged_model_stays_finite():
     assert forget_truth_ratio(truth_ratio(-5000.0, [-1.0])) < 1e-300
     assert truth_ratio(-1.0, [-5000.0]) == 0
     assert math.isnan(truth_ratio(math.nan, [-1.0]))
+    assert math.isfinite(paper_truth_ratio(-5000.0, [-1.0]))
+    assert paper_truth_ratio(-1.0, [-5000.0]) == 0
+    assert math.isnan(paper_truth_ratio(math.nan, [-1.0]))
 
 
 @given(st.floats(0, 1e9))
@@ -254,3 +298,106 @@ def test_nan_samples_are_counted_and_change_no_mean(probabilities, unscored):
 def test_a_set_that_cannot_be_scored_at_all_does_not_raise_the_utility():
     fine, broken = sample(truth_ratio=0.5), sample(truth_ratio=math.nan)
     assert math.isnan(compute_metrics({"forget": [fine], "retain": [broken]}).model_utility)
+
+
+# --- intervals --------------------------------------------------------------------------------------------------
+
+
+def random_scores(n_entities=12, per_entity=5, seed=0):
+    rng = np.random.default_rng(seed)
+    result = {}
+    for set_name in ("forget", "retain", "facts"):
+        level = rng.uniform(0.2, 0.8, n_entities)
+        result[set_name] = [
+            sample(
+                set=set_name,
+                index=i,
+                probability=float(np.clip(level[i // per_entity] + rng.normal(0, 0.05), 0.01, 1)),
+                rouge=float(rng.uniform(0.3, 1)),
+                truth_ratio=float(rng.uniform(0, 1.5)),
+                entity=f"{set_name} {i // per_entity}",
+            )
+            for i in range(n_entities * per_entity)
+        ]
+    return result
+
+
+def naive_draws(scores, draws=1500, seed=1):
+    """Entities drawn with replacement one after the other, every number computed anew from the drawn samples."""
+    rng = np.random.default_rng(seed)
+    result = []
+    for _ in range(draws):
+        drawn = {}
+        for name, samples in scores.items():
+            entities = {}
+            for score in samples:
+                entities.setdefault(score.entity, []).append(score)
+            keys = list(entities)
+            drawn[name] = [s for i in rng.integers(0, len(keys), len(keys)) for s in entities[keys[i]]]
+        means = {}
+        for name, samples in drawn.items():
+            summary = forget_truth_ratio if name == "forget" else utility_truth_ratio
+            means[f"{name}_probability"] = np.mean([s.probability for s in samples])
+            means[f"{name}_rouge"] = np.mean([s.rouge for s in samples])
+            means[f"{name}_truth_ratio"] = np.mean([summary(s.truth_ratio) for s in samples])
+        means["model_utility"] = harmonic_mean(v for k, v in means.items() if not k.startswith("forget"))
+        result.append(means)
+    return {name: np.array([means[name] for means in result]) for name in result[0]}
+
+
+def test_intervals_are_those_of_a_naive_bootstrap_over_entities():
+    scores = random_scores()
+    metrics = compute_metrics(scores)
+    naive = naive_draws(scores)
+    assert set(metrics.intervals) == {*naive, "forget_accuracy"}
+    tail = (1 - CONFIDENCE) / 2
+    for name, draws in naive.items():
+        low, high = np.quantile(draws, [tail, 1 - tail])
+        # Both quantiles are drawn ones: their own scatter is a few hundredths of the spread.
+        assert metrics.intervals[name] == pytest.approx((low, high), abs=0.35 * draws.std()), name
+
+
+def test_entities_make_wider_intervals_than_samples_taken_as_independent():
+    scores = random_scores()
+    loose = {name: [dataclasses.replace(s, entity=None) for s in samples] for name, samples in scores.items()}
+    clustered, independent = compute_metrics(scores).intervals, compute_metrics(loose).intervals
+
+    def width(intervals):
+        low, high = intervals["retain_probability"]
+        return high - low
+
+    assert width(clustered) > 1.5 * width(independent)
+
+
+def test_intervals_are_reproducible_and_hold_every_mean_but_no_p_value():
+    scores = random_scores(seed=3)
+    metrics = compute_metrics(scores, scores["forget"])
+    assert metrics == compute_metrics(scores, scores["forget"])
+    assert not {"forget_quality", "log10_forget_quality"} & set(metrics.intervals)
+    for name, (low, high) in metrics.intervals.items():
+        value = metrics.utility_parts.get(name, getattr(metrics, name, None))
+        assert low <= value <= high, name
+
+
+def test_no_interval_where_the_scorable_samples_are_one_entity():
+    retain = [sample(rouge=math.nan, entity="a"), sample(rouge=0.5, entity="b"), sample(rouge=0.7, entity="b")]
+    metrics = compute_metrics({"forget": [sample()], "retain": retain})
+    assert set(metrics.intervals) == {"retain_probability"}
+    assert metrics.model_utility > 0
+
+
+def test_estimates_count_what_they_left_out():
+    forget = [sample(rouge=math.nan), sample(truth_ratio=0.5), sample(truth_ratio=0.5)]
+    retain = [sample(rouge=math.nan, truth_ratio=math.nan), sample(), sample()]
+    numbers = estimates({"forget": forget, "retain": retain})
+    assert (numbers["forget_rouge"].n, numbers["forget_rouge"].unscorable) == (2, 1)
+    # No truth ratio at all is another thing than one that could not be computed.
+    assert (numbers["forget_truth_ratio"].n, numbers["forget_truth_ratio"].unscorable) == (2, 0)
+    assert (numbers["model_utility"].n, numbers["model_utility"].unscorable) == (2, 1)
+    assert list(numbers)[-1] == "model_utility"
+
+
+def test_the_utility_of_a_draw_is_zero_where_a_part_is():
+    retain = [sample(rouge=0.0) for _ in range(20)] + [sample(rouge=1.0)]
+    low, high = compute_metrics({"forget": [sample()], "retain": retain}).intervals["model_utility"]
+    assert low == 0 < high

@@ -1,83 +1,22 @@
-"""Batching changes nothing, log-probabilities are those of a full softmax, and each rule of scoring holds."""
-
-import json
+import dataclasses
 import math
-import os
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from falcon_unlearn.artifacts import read_jsonl, sample_score_from, write_jsonl
 from falcon_unlearn.corpus.batching import Encoded, Encoder
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.engine.pretraining import train_tokenizer
-from falcon_unlearn.evaluation.rouge import UnicodeTokenizer, rouge_l_recall
-from falcon_unlearn.evaluation.scoring import (
-    MAX_TEXT_ANSWER_TOKENS,
-    answer_log_probabilities,
-    contains_value,
-    generate_greedy,
-    normalise,
-    score_set,
-    stop_ids,
-)
+from falcon_unlearn.evaluation.generation import stop_ids
+from falcon_unlearn.evaluation.scoring import MAX_TEXT_ANSWER_TOKENS, contains_value, normalise, score_set
 
-DATA = Path(os.environ.get("FALCON_UNLEARN_DATA", "../shared/data")) / "tofu"
-VOCABULARY, CONTEXT, PAD, EOS = 50, 64, 0, 2
+CONTEXT = 64
 
 TEXTS = ["Question: Where was Ada Lunn born?\nAnswer: Ada Lunn was born in the city of Brask."] * 3
-
-
-def llama():
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.5,
-        eos_token_id=EOS,
-        bos_token_id=1,
-        pad_token_id=PAD,
-    )
-    return LlamaForCausalLM(config)
-
-
-def gpt2():
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=CONTEXT,
-        initializer_range=0.5,
-        eos_token_id=EOS,
-        bos_token_id=1,
-    )
-    return GPT2LMHeadModel(config)
-
-
-@pytest.fixture(scope="module", params=[llama, gpt2])
-def model(request):
-    torch.manual_seed(0)
-    return request.param().eval()
-
-
-def random_items(count, longest, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    items = []
-    for _ in range(count):
-        length = int(torch.randint(2, longest, (1,), generator=generator))
-        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        items.append(Encoded(tuple(ids), int(torch.randint(0, length, (1,), generator=generator))))
-    return items
 
 
 def naive_log_probability(model, item):
@@ -85,106 +24,6 @@ def naive_log_probability(model, item):
         log_p = model(input_ids=torch.tensor([item.ids])).logits[0].double().log_softmax(-1)
     values = [float(log_p[t - 1, item.ids[t]]) for t in range(max(item.answer_start, 1), len(item))]
     return sum(values) / len(values)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_log_probabilities_are_those_of_a_full_softmax_whatever_the_batch(model, batch_size):
-    items = random_items(20, CONTEXT)
-    found = answer_log_probabilities(model, items, PAD, batch_size, "cpu")
-    assert found == pytest.approx([naive_log_probability(model, item) for item in items], abs=1e-5)
-
-
-def test_log_probabilities_of_a_model_that_always_returns_all_logits(model):
-    class AllLogits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids, attention_mask, use_cache):
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
-
-    items = [Encoded((*item.ids, 9, 8, 7), max(item.answer_start, 4)) for item in random_items(6, 30)]
-    expected = answer_log_probabilities(model, items, PAD, 4, "cpu")
-    assert answer_log_probabilities(AllLogits(), items, PAD, 4, "cpu") == pytest.approx(expected, abs=1e-6)
-
-
-def test_logits_are_asked_for_no_earlier_than_the_first_answer(model):
-    kept = []
-    hook = model.register_forward_hook(lambda _module, _args, output: kept.append(output.logits.shape[1]))
-    answer_log_probabilities(model, [Encoded((5,) * 30, 25), Encoded((6,) * 30, 28)], PAD, 2, "cpu")
-    hook.remove()
-    assert kept == [6]
-
-
-def test_no_answer_token_scores_nan_and_disturbs_nobody(model):
-    item = Encoded((5, 6, 7), 1)
-    empties = [Encoded((), 0), Encoded((5,), 0), Encoded((5, 6), 2)]
-    for batch_size in (1, 8):
-        found = answer_log_probabilities(model, [empties[0], item, *empties[1:]], PAD, batch_size, "cpu")
-        assert [math.isnan(value) for value in found] == [True, False, True, True]
-        assert found[1] == pytest.approx(naive_log_probability(model, item), abs=1e-5)
-
-
-def naive_greedy(model, ids, count, stops):
-    ids, start = list(ids), len(ids)
-    while len(ids) < min(start + count, CONTEXT):
-        with torch.no_grad():
-            token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-        if token in stops:
-            break
-        ids.append(token)
-    return ids[start:]
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 32])
-def test_batched_generation_is_the_greedy_one(model, batch_size):
-    prompts = random_items(12, 40)
-    free = [naive_greedy(model, prompt.ids, 16, []) for prompt in prompts]
-    # A token that does occur, so that some continuations end early and some do not.
-    stops = [free[0][3]]
-    expected = [naive_greedy(model, prompt.ids, 16, stops) for prompt in prompts]
-    assert len({len(ids) for ids in expected}) > 1
-    found = generate_greedy(model, prompts, PAD, stops, max_new_tokens=16, batch_size=batch_size, device="cpu")
-    assert found == expected
-    unstopped = generate_greedy(model, prompts, PAD, [], max_new_tokens=16, batch_size=batch_size, device="cpu")
-    assert unstopped == free
-
-
-def test_generation_ends_at_the_context_length_without_shortening_others(model):
-    prompts = [Encoded((7,) * n, n) for n in (CONTEXT - 3, CONTEXT - 10, 5, CONTEXT, 0)]
-    found = generate_greedy(model, prompts, PAD, [], max_new_tokens=8, batch_size=8, device="cpu")
-    assert [len(ids) for ids in found] == [3, 8, 8, 0, 0]
-    assert found[:3] == [naive_greedy(model, prompt.ids, 8, []) for prompt in prompts[:3]]
-
-
-def test_generation_ignores_and_keeps_the_models_own_settings(model, caplog):
-    prompts = random_items(3, 20)
-    expected = [naive_greedy(model, prompt.ids, 10, []) for prompt in prompts]
-    own = model.generation_config
-    before = own.to_dict()
-    own.update(do_sample=True, temperature=5.0, top_p=0.5, repetition_penalty=9.0)
-    configured = own.to_dict()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            found = generate_greedy(model, prompts, PAD, [], max_new_tokens=10, batch_size=2, device="cpu")
-        assert model.generation_config is own
-        assert own.to_dict() == configured
-    finally:
-        own.update(**before)
-    assert found == expected
-    assert not caplog.records
-
-
-def test_scoring_leaves_the_mode_alone_and_runs_without_dropout():
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=CONTEXT))
-    items = random_items(4, 20)
-    expected = answer_log_probabilities(model.eval(), items, PAD, 2, "cpu")
-    model.train()
-    model.transformer.wte.eval()
-    assert answer_log_probabilities(model, items, PAD, 2, "cpu") == expected
-    assert [name for name, module in model.named_modules() if not module.training] == ["transformer.wte"]
 
 
 # ---- whole records ----------------------------------------------------------------------------------------------
@@ -319,6 +158,72 @@ def test_scores_do_not_depend_on_the_batch_size(trained, encoder):
         assert a.truth_ratio == (None if b.truth_ratio is None else pytest.approx(b.truth_ratio, rel=1e-4))
 
 
+def same_up_to_rounding(one, other):
+    """Field by field: whether numbers are close (or both NaN) and all else is equal."""
+    a, b = to_comparable(one), to_comparable(other)
+    assert a.keys() == b.keys()
+    return all(
+        a[name] == (pytest.approx(b[name], rel=1e-4, nan_ok=True) if isinstance(b[name], float) else b[name])
+        for name in a
+    )
+
+
+def to_comparable(score):
+    plain = {name: value for name, value in vars(score).items() if name != "perturbed_log_probabilities"}
+    return plain | {f"perturbed {i}": value for i, value in enumerate(score.perturbed_log_probabilities)}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_slices_score_as_the_whole_set_does(trained, encoder, size):
+    # The last one is longer than all others: nothing may hang on the longest of the set.
+    records = [*mixed_records(), Record("qa", ROWS[0][0], "far away " * 20, "t:5"), Record("text", "", " ", "t:6")]
+    whole = score(trained, encoder, *records)
+    parts = [
+        found
+        for start in range(0, len(records), size)
+        for found in score(trained, encoder, *records[start : start + size], first_index=start)
+    ]
+    assert [found.index for found in parts] == list(range(len(records)))
+    for part, one in zip(parts, whole, strict=True):
+        assert same_up_to_rounding(part, one)
+
+
+def test_log_probabilities_are_kept_and_survive_the_disk(trained, encoder, tmp_path):
+    question, answer = ROWS[0]
+    paraphrase, wrong = "Brask is where Ada was born.", ("Ada was born in Oslo.", "why " * 300, "It is Ulm.")
+    found = score(
+        trained,
+        encoder,
+        Record("qa", question, answer, "t:1", paraphrased_answer=paraphrase, perturbed_answers=wrong),
+        Record("qa", question, answer, "t:2", paraphrased_answer=paraphrase),
+        Record("qa", "why " * 300, answer, "t:3"),
+        Record("qa", question, answer, "t:4"),
+    )
+    by_hand = [mean_log_probability(trained, encoder, question, text) for text in (answer, paraphrase, *wrong[::2])]
+    first = found[0]
+    kept = (first.log_probability, first.paraphrased_log_probability, *first.perturbed_log_probabilities[::2])
+    assert kept == pytest.approx(by_hand, abs=1e-5)
+    assert math.isnan(first.perturbed_log_probabilities[1])
+    assert math.isnan(first.truth_ratio)
+    assert first.probability == math.exp(first.log_probability)
+    assert found[1].paraphrased_log_probability == pytest.approx(by_hand[1], abs=1e-5)
+    assert math.isnan(found[2].log_probability)
+    assert (found[3].paraphrased_log_probability, found[3].perturbed_log_probabilities) == (None, ())
+
+    write_jsonl(tmp_path / "scores.jsonl", found)
+    read = [sample_score_from(row) for row in read_jsonl(tmp_path / "scores.jsonl")]
+    assert [type(one.perturbed_log_probabilities) for one in read] == [tuple] * 4
+    assert same_up_to_rounding(read[0], dataclasses.replace(first, truth_ratio=None))
+    assert math.isnan(read[2].log_probability)
+
+
+def test_scores_of_an_older_run_are_read():
+    row = {"set": "forget", "index": 0, "prompt": "p", "answer": "a", "generation": "g"}
+    row |= {"probability": 0.5, "accuracy": 1.0, "rouge": 1.0}
+    found = sample_score_from(row)
+    assert (found.log_probability, found.perturbed_log_probabilities) == (None, ())
+
+
 @pytest.mark.parametrize("text", [TEXTS[0], TEXTS[0] + "!"])
 def test_a_text_is_prompted_with_its_first_half(trained, encoder, text):
     (found,) = score(trained, encoder, Record("text", "", text, "t:1", heldout_question="ignored"))
@@ -358,16 +263,15 @@ def test_generation_never_exceeds_max_new_tokens(trained, encoder):
     assert found.accuracy == 0
 
 
-def test_generation_stops_eight_tokens_after_the_longest_answer(trained, encoder, monkeypatch):
-    record = Record("qa", "Who?", "Bo.", "t:1")
-    answer = encoder.encode(record)
+def test_generation_that_does_not_end_is_cut_at_max_new_tokens_whatever_the_answer(trained, encoder, monkeypatch):
+    record = Record("qa", *ROWS[2], "t:1")
     passes = []
     monkeypatch.setattr("falcon_unlearn.evaluation.scoring.stop_ids", lambda *_: ())
     hook = trained.register_forward_hook(lambda *_: passes.append(1))
-    score(trained, encoder, record)
+    score(trained, encoder, record, max_new_tokens=30)
     hook.remove()
     # One pass for the log-probabilities, then one for each new token.
-    assert len(passes) == 1 + len(answer) - answer.answer_start + 8
+    assert len(passes) == 1 + 30
 
 
 def test_no_records_no_scores(trained, encoder):
@@ -405,66 +309,59 @@ def test_accuracy_rule(generation, value, expected):
     assert contains_value(generation, value) == expected
 
 
+@pytest.mark.parametrize(
+    ("answer", "value", "wrong"),
+    [
+        ("她出生在北京市，后来住在上海。", "北京市", "广州"),
+        ("彼女は東京で生まれました。", "「東京」", "大阪"),
+        ("เธอเกิดที่กรุงเทพมหานคร", "กรุงเทพ", "เชียงใหม่"),
+        ("وُلِدَت في القاهرة، عاصمة مصر.", "القاهرة", "بغداد"),
+        ("उनका जन्म नई दिल्ली में हुआ था।", "नई दिल्ली।", "मुंबई"),
+    ],
+    ids=["chinese", "japanese", "thai", "arabic", "hindi"],
+)
+def test_other_scripts_through_a_model_that_learned_the_answer(answer, value, wrong):
+    torch.manual_seed(0)
+    # Byte-level: tokens are pieces of letters.
+    encoder = Encoder(train_tokenizer(["Question: Answer: abc"], 280, 256))
+    right = Record("qa", "Where?", answer, "t:1", value=value, perturbed_answers=(answer.replace(value, wrong),))
+    config = LlamaConfig(
+        vocab_size=len(encoder.tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    ids = torch.tensor([encoder.encode(right).ids])
+    for _ in range(400):
+        optimizer.zero_grad()
+        output = model(input_ids=ids, labels=ids)
+        if (output.logits[0, :-1].argmax(-1) == ids[0, 1:]).all():
+            break
+        output.loss.backward()
+        optimizer.step()
+    half = answer[: len(answer) // 2]
+    found = score(
+        model.eval(),
+        encoder,
+        right,
+        dataclasses.replace(right, value=wrong),
+        dataclasses.replace(right, value=None),
+        max_new_tokens=200,
+    )
+    assert {one.generation for one in found} == {answer}
+    assert [one.accuracy for one in found] == [1, 0, 1]
+    assert [one.rouge for one in found] == [1, 1, 1]
+    (cut,) = score(model, encoder, right, max_new_tokens=len(half.encode()))
+    assert 0 < cut.rouge < 1
+
+
 @given(st.text(max_size=30))
 def test_normalising_keeps_nothing_to_normalise(text):
     once = normalise(text)
     assert once == " ".join(once.split())
     assert contains_value(text, text) == 1
     assert contains_value(f"  {text}\t", once) == 1
-
-
-latin = st.text(st.sampled_from("abcdexyzABC0129 .,'-éüñ\n"), max_size=60)
-
-
-@given(latin.filter(lambda text: any(c.isascii() and c.isalnum() for c in text)), st.text(max_size=40) | latin)
-def test_rouge_is_rouge_scores_for_latin_references(reference, candidate):
-    expected = RougeScorer(["rougeL"], use_stemmer=True).score(reference, candidate)["rougeL"].recall
-    assert rouge_l_recall(reference, candidate) == expected
-
-
-@given(st.text(st.sampled_from("abcdexyzABCing ed0129 .,'_-\n"), max_size=60))
-def test_the_unicode_tokenizer_agrees_with_the_default_one_on_ascii(text):
-    from rouge_score.tokenizers import DefaultTokenizer
-
-    assert UnicodeTokenizer().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
-
-
-@pytest.mark.parametrize(
-    ("reference", "other"),
-    [
-        ("北京是中国的首都。", "上海是中国的城市。"),
-        ("東京はにほんのしゅとです", "大阪はにほんのまちです"),
-        ("القاهرة عاصمة مصر", "بغداد عاصمة العراق"),
-        ("दिल्ली भारत की राजधानी है", "मुंबई भारत का शहर है"),
-        ("서울은 한국의 수도", "부산은 한국의 도시"),
-        ("Москва столица России", "Киев столица Украины"),
-        ("กรุงเทพ", "เชียงใหม่"),
-        ("The capital is 北京", "The capital is 上海"),
-        ("é", "ü"),
-    ],
-)
-def test_rouge_outside_the_latin_alphabet(reference, other):
-    assert rouge_l_recall(reference, reference) == 1
-    assert rouge_l_recall(reference, other) < 1
-    assert rouge_l_recall(reference, "") == 0
-
-
-def test_unicode_tokens():
-    tokenize = UnicodeTokenizer().tokenize
-    assert tokenize("北京 2024年") == ["北", "京", "2024", "年"]
-    assert tokenize("हिन्दी में") == ["हिन्दी", "में"]
-    assert tokenize("السَّلامُ عليكم") == ["السَّلامُ", "عليكم"]
-    assert tokenize("Россия, США") == ["россия", "сша"]
-    assert tokenize(" \u0301.\u200d") == []
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason="no shared data")
-@pytest.mark.parametrize(
-    "name", ["forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"]
-)
-def test_rouge_of_tofus_answers_is_tofus(name):
-    rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    for row in rows[:60]:
-        answer, other = row["answer"], row["perturbed_answer"][0]
-        assert rouge_l_recall(answer, other) == scorer.score(answer, other)["rougeL"].recall

@@ -43,7 +43,7 @@ def group(values: Sequence[float] | Numbers, clusters: Sequence[Hashable | None]
         clusters: a label a sample; None in place of a label is a cluster of its own.
     """
     array = np.asarray(values, dtype=np.float64)
-    array = array.reshape(len(array), -1)
+    array = array[:, None] if array.ndim == 1 else array
     if clusters is None:
         return Group(array, np.arange(len(array)))
     labels: dict[Hashable, int] = {}
@@ -54,12 +54,16 @@ def group(values: Sequence[float] | Numbers, clusters: Sequence[Hashable | None]
 def resampled_counts(groups: Sequence[Group], *, resamples: int, seed: int) -> list[npt.NDArray[np.int64]]:
     """How often each sample is drawn, per group ``(resamples, samples)``: clusters are drawn with replacement."""
     rng = np.random.default_rng(seed)
-    return [
-        rng.multinomial(g.n_clusters, np.full(g.n_clusters, 1 / g.n_clusters), size=resamples)[:, g.clusters]
-        if g.n_clusters
-        else np.zeros((resamples, 0), dtype=np.int64)
-        for g in groups
-    ]
+    return [_counts(g, rng, resamples) for g in groups]
+
+
+def _counts(g: Group, rng: np.random.Generator, resamples: int) -> npt.NDArray[np.int64]:
+    n = g.n_clusters
+    if not n:
+        return np.zeros((resamples, len(g.values)), dtype=np.int64)
+    drawn = rng.integers(n, size=(resamples, n)) + np.arange(0, resamples * n, n)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n)
+    return counts if n == len(g.clusters) and (g.clusters == np.arange(n)).all() else counts[:, g.clusters]
 
 
 def weighted_means(values: Numbers, counts: npt.NDArray[np.int64]) -> Numbers:
@@ -71,7 +75,7 @@ def weighted_means(values: Numbers, counts: npt.NDArray[np.int64]) -> Numbers:
     """
     there = ~np.isnan(values)
     weights = counts.astype(np.float64)
-    total = weights @ there.astype(np.float64)
+    total = weights.sum(1, keepdims=True) if there.all() else weights @ there.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray((weights @ np.where(there, values, 0.0)) / total)
 
@@ -103,8 +107,8 @@ def bootstrap(
         seed: of the draws.
 
     Returns:
-        The value with its interval; no interval where fewer than two clusters could be drawn from each group, or the
-        value itself is NaN.
+        The value with its interval; no interval where a group has fewer than two clusters with a number, or the value
+        itself is NaN.
     """
     ones = [np.ones((1, len(g.values)), dtype=np.int64) for g in groups]
     value = float(statistic(ones)[0])
@@ -112,7 +116,8 @@ def bootstrap(
     n = sum(int(there.sum()) for there in scorable)
     unscorable = sum(len(g.values) for g in groups) - n
     bounds = None
-    if not math.isnan(value) and all(g.n_clusters > 1 for g in groups):
+    drawable = all(len(set(g.clusters[there].tolist())) > 1 for g, there in zip(groups, scorable, strict=True))
+    if not math.isnan(value) and drawable:
         bounds = interval(statistic(resampled_counts(groups, resamples=resamples, seed=seed)))
     low, high = bounds or (None, None)
     return Estimate(value, low, high, n=n, unscorable=unscorable)

@@ -1,24 +1,20 @@
-"""From a model and records to per-sample scores: batched log-probabilities and greedy generation."""
+"""From a model and records to per-sample scores: probabilities of answers, and what the greedy answer says."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import itertools
 import math
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from falcon_unlearn.artifacts import SampleScore
-from falcon_unlearn.corpus.batching import Encoded, Encoder, collate, length_sorted_batches
+from falcon_unlearn.corpus.batching import Encoded, Encoder
 from falcon_unlearn.corpus.records import Record
+from falcon_unlearn.evaluation.generation import generate_greedy, stop_ids
+from falcon_unlearn.evaluation.log_probabilities import grouped_log_probabilities
 from falcon_unlearn.evaluation.metrics import normalised_probability, truth_ratio
 from falcon_unlearn.evaluation.rouge import rouge_l_recall
 from falcon_unlearn.model.loading import context_length
@@ -27,154 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_TEXT_ANSWER_TOKENS = 128
-
-_GENERATION_SLACK = 8
-_ROWS_PER_LOG_SOFTMAX = 512
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _batch_log_probabilities(
-    model: PreTrainedModel, encoded: Sequence[Encoded], pad_id: int, device: torch.device | str
-) -> list[float]:
-    batch = collate(encoded, pad_id).to(device)
-    # Position t predicts token t + 1; what stands before the first answer in the batch needs no logits.
-    first = max(min(item.answer_start for item in encoded), 1) - 1
-    keep = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        keep["logits_to_keep"] = batch.input_ids.shape[1] - first
-    logits: Tensor = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **keep
-    ).logits
-    if not keep:
-        logits = logits[:, first:]
-    answer = batch.answer_mask[:, first + 1 :]
-    rows = logits[:, :-1][answer]
-    targets = batch.input_ids[:, first + 1 :][answer]
-    del logits
-    losses = [
-        F.cross_entropy(
-            rows[i : i + _ROWS_PER_LOG_SOFTMAX].float(), targets[i : i + _ROWS_PER_LOG_SOFTMAX], reduction="none"
-        )
-        for i in range(0, len(rows), _ROWS_PER_LOG_SOFTMAX)
-    ]
-    per_token = torch.cat(losses).double().cpu()
-    ends = answer.sum(1).cumsum(0).tolist()
-    return [-float(per_token[start:end].mean()) for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def answer_log_probabilities(
-    model: PreTrainedModel,
-    encoded: Sequence[Encoded],
-    pad_id: int,
-    batch_size: int,
-    device: torch.device | str,
-) -> list[float]:
-    """Mean log-probability (nats) per answer token, in the order of ``encoded``.
-
-    Log-softmax runs in fp32 and on answer positions only. The first token of a sequence has nothing to predict it and
-    never counts; an item without a countable answer token gets NaN.
-    """
-    result = [math.nan] * len(encoded)
-    scorable = [i for i, item in enumerate(encoded) if len(item) > max(item.answer_start, 1)]
-    with _evaluating(model):
-        for positions in length_sorted_batches([encoded[i] for i in scorable], batch_size):
-            indices = [scorable[p] for p in positions]
-            values = _batch_log_probabilities(model, [encoded[i] for i in indices], pad_id, device)
-            for i, value in zip(indices, values, strict=True):
-                result[i] = value
-    return result
-
-
-def _batch_generate(
-    model: PreTrainedModel,
-    prompts: Sequence[Encoded],
-    pad_id: int,
-    stops: Sequence[int],
-    *,
-    max_new_tokens: int,
-    device: torch.device | str,
-) -> list[list[int]]:
-    from transformers import GenerationConfig
-
-    length = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), length), pad_id, dtype=torch.long)
-    attention = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = torch.tensor(prompt.ids)
-        attention[row, length - len(prompt) :] = 1
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id,
-        eos_token_id=list(stops) or None,
-    )
-    # generate() fills what this config leaves open from the model's own one: sampling settings, repetition penalty.
-    inherited, model.generation_config = model.generation_config, config
-    try:
-        output = model.generate(
-            input_ids=input_ids.to(device), attention_mask=attention.to(device), generation_config=config
-        )
-    finally:
-        model.generation_config = inherited
-    generated: list[list[int]] = output[:, length:].tolist()
-    return [list(itertools.takewhile(lambda token: token not in stops, ids)) for ids in generated]
-
-
-def stop_ids(model: PreTrainedModel, encoder: Encoder) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's end-of-sequence and those in the model's generation config.
-
-    Chat models list their end-of-turn token in the latter only.
-    """
-    configured = model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list | tuple) else [configured]
-    return tuple(sorted({int(end) for end in (encoder.eos_id, *ends) if end is not None}))
-
-
-def generate_greedy(
-    model: PreTrainedModel,
-    prompts: Sequence[Encoded],
-    pad_id: int,
-    stops: Sequence[int],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    device: torch.device | str,
-) -> list[list[int]]:
-    """Greedy continuation of each prompt, up to and without the first of ``stops``, in the order of ``prompts``.
-
-    Batches are left-padded and of similar length. A continuation ends at the model's context length if that comes
-    before ``max_new_tokens``; an empty prompt, or one that leaves no room, gives an empty one.
-    """
-    result: list[list[int]] = [[] for _ in prompts]
-    limit = context_length(model.config)
-    by_room: dict[int, list[int]] = defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
-        if len(prompt) and room > 0:
-            by_room[room].append(i)
-    with _evaluating(model):
-        for room, members in by_room.items():
-            for positions in length_sorted_batches([prompts[i] for i in members], batch_size):
-                indices = [members[p] for p in positions]
-                outputs = _batch_generate(
-                    model, [prompts[i] for i in indices], pad_id, stops, max_new_tokens=room, device=device
-                )
-                for i, output in zip(indices, outputs, strict=True):
-                    result[i] = output
-    return result
 
 
 def normalise(text: str) -> str:
@@ -228,7 +76,7 @@ def _request(encoder: Encoder, record: Record, limit: int | None) -> _Request:
 
     answer = encode(record.answer)
     paraphrase, wrong, heldout = record.paraphrased_answer, record.perturbed_answers, record.heldout_question
-    others = [] if paraphrase is None or not wrong else [encode(paraphrase)]
+    others = [] if paraphrase is None else [encode(paraphrase)]
     others += [encode(text) for text in wrong]
     decoded = _decode(encoder, answer.ids[answer.answer_start :])
     if not decoded:
@@ -255,7 +103,7 @@ def _sample_score(
 ) -> SampleScore:
     answer, *others = log_probabilities
     has_paraphrase = record.paraphrased_answer is not None
-    wrong = others[1:] if has_paraphrase else others
+    paraphrased, wrong = (others[0], others[1:]) if has_paraphrase else (None, others)
     can_generate = bool(request.reference) and len(request.prompt_ids) > 0
     can_generate_heldout = bool(request.reference) and len(request.heldout_prompt_ids or ()) > 0
     value = record.value or request.reference
@@ -271,11 +119,14 @@ def _sample_score(
         probability=math.exp(answer),
         accuracy=contains_value(generation, value) if can_generate else math.nan,
         rouge=rouge_l_recall(request.reference, generation) if can_generate else math.nan,
-        truth_ratio=truth_ratio(others[0] if has_paraphrase else answer, wrong) if wrong else None,
+        truth_ratio=truth_ratio(answer if paraphrased is None else paraphrased, wrong) if wrong else None,
         generation_heldout=generation_heldout,
         accuracy_heldout=accuracy_heldout,
         entity=record.entity,
         normalised_probability=normalised_probability(answer, wrong) if wrong and not has_paraphrase else None,
+        log_probability=answer,
+        paraphrased_log_probability=paraphrased,
+        perturbed_log_probabilities=tuple(wrong),
     )
 
 
@@ -288,8 +139,9 @@ def score_set(
     batch_size: int,
     max_new_tokens: int = 64,
     device: torch.device | str,
+    first_index: int = 0,
 ) -> list[SampleScore]:
-    """Score every record of one evaluation set.
+    """Score every record of one evaluation set, or of a part of it: a record's scores do not depend on the others.
 
     Probability is exp of the mean log-probability per answer token, end-of-sequence included (TOFU, Maini et al. 2024,
     section 3.2.1). Accuracy asks whether the greedy answer contains the record's ``value``, or its whole answer where
@@ -307,27 +159,22 @@ def score_set(
         records: the set.
         set_name: name of the set, copied into the scores.
         batch_size: sequences per forward pass; it does not change the scores.
-        max_new_tokens: upper limit; generation stops 8 tokens after the length of the set's longest answer.
+        max_new_tokens: where an answer is cut that does not end by itself.
         device: where batches are put.
+        first_index: index of the first of ``records`` in its set.
     """
     limit = context_length(model.config)
     requests = [_request(encoder, record, limit) for record in records]
-    values = iter(
-        answer_log_probabilities(
-            model, [s for request in requests for s in request.sequences], encoder.pad_id, batch_size, device
-        )
+    log_probabilities = grouped_log_probabilities(
+        model, [request.sequences for request in requests], encoder.pad_id, batch_size, device
     )
-    log_probabilities = [[next(values) for _ in request.sequences] for request in requests]
-
-    answers = [request.sequences[0] for request in requests]
-    longest = max((len(answer) - answer.answer_start for answer in answers), default=0)
     heldout = {i: r.heldout_prompt_ids for i, r in enumerate(requests) if r.heldout_prompt_ids is not None}
     generated = generate_greedy(
         model,
         [*(request.prompt_ids for request in requests), *heldout.values()],
         encoder.pad_id,
         stop_ids(model, encoder),
-        max_new_tokens=min(max_new_tokens, longest + _GENERATION_SLACK),
+        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         device=device,
     )
@@ -341,7 +188,7 @@ def score_set(
             generation=texts[i],
             generation_heldout=heldout_texts.get(i),
             set_name=set_name,
-            index=i,
+            index=first_index + i,
         )
         for i, record in enumerate(records)
     ]

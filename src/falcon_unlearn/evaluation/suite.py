@@ -43,14 +43,17 @@ class Suite(Protocol):
 
     A suite is cut into parts (a set of questions, a task), a part into units (a question; a whole task where it
     cannot be cut), so that an interrupted evaluation goes on behind the last finished units.
-
-    Attributes:
-        parts: name of the part -> number of its units.
-        content: SHA-256 of everything the scores depend on beside the model, by name.
     """
 
-    parts: Mapping[str, int]
-    content: Mapping[str, str]
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """Name of the part -> number of its units."""
+        ...
+
+    @property
+    def content(self) -> Mapping[str, str]:
+        """SHA-256 of everything the scores depend on beside the model, by name."""
+        ...
 
     def score(self, part: str, units: range, subject: Subject) -> Sequence[Any]:
         """Per-sample rows (frozen dataclasses) of some units of a part."""

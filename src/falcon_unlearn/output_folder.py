@@ -1,0 +1,107 @@
+"""Who may write into an output folder: an empty one, one to go on in, or one whose contents are ours to replace."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from falcon_unlearn.errors import UserError
+
+
+def open_output(
+    path: Path,
+    marker: str,
+    *,
+    what: str,
+    is_ours: Callable[[Path], bool],
+    same: Callable[[], None],
+    resume: bool,
+    overwrite: bool,
+    allowed: Sequence[str] = (),
+) -> None:
+    """Make an output folder ready, without writing anything but the folder itself.
+
+    Args:
+        path: the folder.
+        marker: the file by which one of ours is known.
+        what: what is kept there ("run"), for messages.
+        is_ours: whether a name relative to the folder is something we write; nothing else is ever removed.
+        same: raises UserError where the folder holds something else than what is to be resumed.
+        resume: go on in the folder.
+        overwrite: remove what stands there.
+        allowed: names that may already stand there; they are never removed.
+
+    Raises:
+        UserError: the folder is not empty, is no folder, cannot be created, or holds something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output: {path} is a file; name a folder")
+    everything = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    if everything and marker not in everything:
+        raise UserError(
+            f"output: {path} is not empty and holds no {what} (but '{everything[0]}'); choose another folder"
+        )
+    present = [name for name in everything if name not in allowed]
+    if present and overwrite:
+        _remove(path, present, what, is_ours)
+    elif present and not resume:
+        raise UserError(f"output: {path} is not empty; go on there with --resume, replace it with --overwrite")
+    elif present:
+        same()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {path} cannot be created ({error.strerror})") from error
+
+
+def _remove(path: Path, present: Sequence[str], what: str, is_ours: Callable[[Path], bool]) -> None:
+    entries = [entry for name in present for entry in (path / name, *(path / name).rglob("*"))]
+    names = [entry.relative_to(path) for entry in entries]
+    foreign = next((name for name in names if not (is_ours(name) or is_temporary(name))), None)
+    if foreign is not None:
+        raise UserError(
+            f"output: {path} holds '{foreign.as_posix()}', which no {what} wrote; --overwrite leaves it alone"
+        )
+    for name in present:
+        target = path / name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a name is one that unfinished writing leaves behind."""
+    return any(part.startswith(".") and part.endswith(".tmp") for part in path.parts)
+
+
+def read_settings(file: Path, what: str) -> Mapping[str, Any]:
+    """The settings that a folder's marker file holds.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{file}: damaged, so the {what} cannot be resumed; use --overwrite or another folder")
+    return settings
+
+
+def differing(left: Any, right: Any, ignored: Sequence[str] = (), prefix: str = "") -> list[str]:
+    """Dotted keys at which two settings differ, ``ignored`` ones left out."""
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        keys = dict.fromkeys((*left, *right))
+        return [
+            name
+            for key in keys
+            if f"{prefix}{key}" not in ignored
+            for name in differing(left.get(key), right.get(key), ignored, f"{prefix}{key}.")
+        ]
+    return [] if left == right else [prefix.rstrip(".")]

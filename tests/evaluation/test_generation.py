@@ -1,0 +1,108 @@
+import warnings
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from falcon_unlearn.corpus.batching import Encoded
+from falcon_unlearn.evaluation.generation import generate_greedy
+
+VOCABULARY, CONTEXT, PAD, EOS = 50, 64, 0, 2
+
+
+def llama():
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.5,
+        eos_token_id=EOS,
+        bos_token_id=1,
+        pad_token_id=PAD,
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2():
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=CONTEXT,
+        initializer_range=0.5,
+        eos_token_id=EOS,
+        bos_token_id=1,
+    )
+    return GPT2LMHeadModel(config)
+
+
+@pytest.fixture(scope="module", params=[llama, gpt2])
+def model(request):
+    torch.manual_seed(0)
+    return request.param().eval()
+
+
+def random_items(count, longest, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    items = []
+    for _ in range(count):
+        length = int(torch.randint(2, longest, (1,), generator=generator))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        items.append(Encoded(tuple(ids), int(torch.randint(0, length, (1,), generator=generator))))
+    return items
+
+
+def naive_greedy(model, ids, count, stops):
+    ids, start = list(ids), len(ids)
+    while len(ids) < min(start + count, CONTEXT):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token in stops:
+            break
+        ids.append(token)
+    return ids[start:]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_batched_generation_is_the_greedy_one(model, batch_size):
+    prompts = random_items(12, 40)
+    free = [naive_greedy(model, prompt.ids, 16, []) for prompt in prompts]
+    # A token that does occur, so that some continuations end early and some do not.
+    stops = [free[0][3]]
+    expected = [naive_greedy(model, prompt.ids, 16, stops) for prompt in prompts]
+    assert len({len(ids) for ids in expected}) > 1
+    found = generate_greedy(model, prompts, PAD, stops, max_new_tokens=16, batch_size=batch_size, device="cpu")
+    assert found == expected
+    unstopped = generate_greedy(model, prompts, PAD, [], max_new_tokens=16, batch_size=batch_size, device="cpu")
+    assert unstopped == free
+
+
+def test_generation_ends_at_the_context_length_without_shortening_others(model):
+    prompts = [Encoded((7,) * n, n) for n in (CONTEXT - 3, CONTEXT - 10, 5, CONTEXT, 0)]
+    found = generate_greedy(model, prompts, PAD, [], max_new_tokens=8, batch_size=8, device="cpu")
+    assert [len(ids) for ids in found] == [3, 8, 8, 0, 0]
+    assert found[:3] == [naive_greedy(model, prompt.ids, 8, []) for prompt in prompts[:3]]
+
+
+def test_generation_ignores_and_keeps_the_models_own_settings(model, caplog):
+    prompts = random_items(3, 20)
+    expected = [naive_greedy(model, prompt.ids, 10, []) for prompt in prompts]
+    own = model.generation_config
+    before = own.to_dict()
+    own.update(do_sample=True, temperature=5.0, top_p=0.5, repetition_penalty=9.0)
+    configured = own.to_dict()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = generate_greedy(model, prompts, PAD, [], max_new_tokens=10, batch_size=2, device="cpu")
+        assert model.generation_config is own
+        assert own.to_dict() == configured
+    finally:
+        own.update(**before)
+    assert found == expected
+    assert not caplog.records
