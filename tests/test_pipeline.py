@@ -39,6 +39,7 @@ RUN_FILES = {
     "scores/after.jsonl",
     "metrics.json",
     "report.html",
+    "model_card.md",
     "provenance.json",
 }
 FAST_SWEEP = {"layers": "auto", "sweep": {"steps": 4}}
@@ -402,6 +403,7 @@ STAGE_FILES = (
     "metrics.json",
     "provenance.json",
     "report.html",
+    "model_card.md",
 )
 
 

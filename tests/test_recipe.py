@@ -6,6 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from falcon_unlearn.api import load_recipe as load_any
+from falcon_unlearn.attacks.battery import ATTACKS
 from falcon_unlearn.corpus.sources import SourceConfig
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.methods import METHODS
@@ -233,7 +234,7 @@ MAPPING = "expected a mapping of keys"
 LAYERS = "expected at least one layer index, from 0, none twice"
 SPLIT = "unknown key (did you mean 'split'?)"
 DOMAINS = "expected a path or hub id, {source: ...}, or several domains {name: {source: ...}, ...}"
-PRESETS_OF_FALCON = "'default', 'paper' or 'published_code'"
+PRESETS_OF_FALCON = "'default', 'layer', 'paper' or 'published_code'"
 
 
 def test_all_mistakes_are_told_at_once_each_with_line_key_value_and_hint(write):
@@ -402,3 +403,97 @@ def test_a_recipe_made_in_python_gets_its_preset():
     raw = {"model": "m", "corpus": {"forget": "f.jsonl", "retain": "k.jsonl"}, "output": "o"}
     assert Recipe(**raw) == recipe_from(raw)
     assert Recipe(**raw).training.batch_size == PRESETS["falcon"]["default"]["training"]["batch_size"]
+
+
+# attacks and suites
+
+
+def test_a_list_of_attacks_is_short_for_their_defaults():
+    short = recipe_from({**raw(), "attacks": ["relearn", "logit-lens"]})
+    assert short == recipe_from({**raw(), "attacks": {"relearn": {}, "logit-lens": {}}})
+    assert list(short.attacks.chosen()) == ["relearn", "logit-lens"]
+    assert recipe_from({**raw(), "attacks": "quantize"}) == recipe_from({**raw(), "attacks": ["quantize"]})
+    assert recipe_from({**raw(), "attacks": []}).attacks.chosen() == {}
+
+
+def test_audit_in_a_recipe_is_all_but_transfer():
+    assert list(recipe_from({**raw(), "attacks": "audit"}).attacks.chosen()) == [n for n in ATTACKS if n != "transfer"]
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "transfer"])
+def test_names_with_hyphens_round_trip_through_the_resolved_recipe(write, name):
+    first = load_recipe(write(SMALLEST), [f"attacks.{name}.known=2", "attacks.seconds=60"])
+    text = dump_recipe(first)
+    assert name in yaml.safe_load(text)["attacks"]
+    again = load_recipe(write(text))
+    assert again == first
+    assert {n: config.known for n, config in again.attacks.chosen().items()} == {name: 2}
+    assert dump_recipe(again) == text
+    # An underscore does for a hyphen.
+    assert (
+        recipe_from({**raw(), "attacks": {name.replace("-", "_"): {"known": 2}, "seconds": 60}}).attacks
+        == first.attacks
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attacks": ["relern"]}, r"attacks is \['relern'\]: unknown attack 'relern' \(did you mean 'relearn'\?\)"),
+        ({"attacks": "relern"}, r"unknown attack 'relern'"),
+        ({"attacks": ["relearn", 3]}, r"attacks.*expected a mapping"),
+        ({"attacks": {"relern": {}}}, r"attacks\.relern: unknown key \(did you mean 'relearn'\?\)"),
+        ({"attacks": {"logitlens": {}}}, r"attacks\.logitlens: unknown key \(did you mean 'logit-lens'\?\)"),
+        (
+            {"attacks": {"relearn": {"knwon": 3}}},
+            r"attacks\.relearn\.knwon is 3: unknown key \(did you mean 'known'\?\)",
+        ),
+        ({"attacks": {"logit-lens": {"optoins": 1}}}, r"attacks\.logit-lens\.optoins.*did you mean 'options'"),
+        ({"attacks": {"logit_lens": {"optoins": 1}}}, r"optoins.*did you mean 'options'"),
+        (
+            {"attacks": {"quantize": {"formats": ["int9"]}}},
+            r"attacks\.quantize\.formats\.0 is 'int9'.*did you mean 'int",
+        ),
+        ({"attacks": {"quantize": {"known": 0}}}, r"attacks\.quantize\.known is 0"),
+        ({"attacks": {"relearn": {"lora": {"rnak": 3}}}}, r"attacks\.relearn\.lora\.rnak.*did you mean 'rank'"),
+        ({"attacks": {"neighbours": {"source": "x", "splt": 1}}}, r"attacks\.neighbours\.splt.*did you mean 'split'"),
+        ({"attacks": {"transfer": {}}}, r"attacks\.transfer\.triggers: required, but missing"),
+        ({"attacks": {"prune": {}}, "evaluation": {"enabled": False}}, r"attacks: .*evaluation\.enabled to true"),
+        (
+            {"evaluation": {"suites": {"tofuu": {}}}},
+            r"evaluation\.suites\.tofuu: unknown key \(did you mean 'tofu'\?\)",
+        ),
+        ({"evaluation": {"suites": {"tofu": {"splt": 1}}}}, r"evaluation\.suites\.tofu\.splt.*did you mean 'split'"),
+        (
+            {"evaluation": {"suites": {"tofu": {"split": "forget50"}}}},
+            r"suites\.tofu\.split is 'forget50'.*did you mean",
+        ),
+        ({"evaluation": {"suites": {"own": {}}}}, r"evaluation\.suites\.own\.forget: required, but missing"),
+        ({"evaluation": {"suites": ["tofu"]}}, r"evaluation\.suites is \['tofu'\]: expected a mapping"),
+    ],
+)
+def test_mistakes_in_attacks_and_suites_are_one_line(changes, message):
+    with pytest.raises(UserError) as caught:
+        recipe_from({**raw(), **changes})
+    assert len(str(caught.value).splitlines()) == 1
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_paths_of_suites_and_attacks_become_absolute_too(write, tmp_path):
+    for name in ("tofu", "model"):
+        (tmp_path / name).mkdir()
+    for name in ("log.json", "near.jsonl", "mine.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text("")
+    suites = (
+        "evaluation.suites.tofu={data: tofu, retain_log: log.json}",
+        "evaluation.suites.privacy={forget: mine.jsonl, holdout: other.jsonl, reference: model}",
+    )
+    recipe = load_recipe(write(SMALLEST), [*suites, "attacks.neighbours=near.jsonl"])
+    found = recipe.evaluation.suites
+    assert (found.tofu.data, found.tofu.retain_log) == (str(tmp_path / "tofu"), str(tmp_path / "log.json"))
+    assert (found.privacy.forget.source, found.privacy.reference) == (
+        str(tmp_path / "mine.jsonl"),
+        str(tmp_path / "model"),
+    )
+    assert recipe.attacks.neighbours.source == str(tmp_path / "near.jsonl")
+    assert load_recipe(write(SMALLEST), ["evaluation.suites.tofu={}"]).evaluation.suites.tofu.data == "locuslab/TOFU"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from falcon_unlearn.console import in_columns, number
 from falcon_unlearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,16 +46,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(handler=handler)
         return sub
 
-    def folder_state(sub: argparse.ArgumentParser) -> None:
-        state = sub.add_mutually_exclusive_group()
-        state.add_argument("--resume", action="store_true", help="go on in the output folder")
-        state.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
-
     demo = add("demo", "the whole job on an embedded model and invented people, without any download", _demo)
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: runs/demo)")
     demo.add_argument("--seed", type=int, default=0, help="invents other people and trains other models (default: 0)")
     demo.add_argument("--retrain", action="store_true", help="train model and oracle from the seed")
-    folder_state(demo)
+    _folder_state(demo)
 
     run = add("run", "unlearn as a recipe says", _run)
     layers = add("layers", "select layers as a recipe says, and nothing else", _layers)
@@ -63,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", metavar="RECIPE.yaml")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. method.preset=paper seed=1")
         sub.add_argument("--estimate", action="store_true", help="predict memory and work from the config; run nothing")
-        folder_state(sub)
+        _folder_state(sub)
 
     patch = add("patch", "show, apply, take back or check a patch", _patch)
     patch.add_argument("action", choices=["info", "apply", "revert", "verify"])
@@ -82,12 +77,56 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="where the table goes (default: the grid's output, or runs/compare)"
     )
 
+    _add_model_commands(add)
+
+    log = add("score-log", "forget quality and model utility from published TOFU or OpenUnlearning logs", _score_log)
+    log.add_argument("log", metavar="LOG.json", help="aggregated log of TOFU's authors, or TOFU_EVAL.json")
+    log.add_argument("--retain", metavar="LOG.json", help="the log of the model that never saw the forget data")
+
     report = add("report", "write report.html of a run folder again", _report)
     report.add_argument("run", metavar="RUN_DIR")
 
     add("methods", "list what is built in", _methods)
     add("doctor", "versions, devices, memory, data: what is there and what to do about what is not", _doctor)
     return parser
+
+
+def _folder_state(sub: argparse.ArgumentParser) -> None:
+    state = sub.add_mutually_exclusive_group()
+    state.add_argument("--resume", action="store_true", help="go on in the output folder")
+    state.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in the output folder")
+
+
+def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that take a model as it is."""
+    evaluate = add("evaluate", "score a model with evaluation suites, with intervals beside every number", _evaluate)
+    attack = add("attack", "try to bring forgotten knowledge back, in several ways", _attack)
+    for sub, example in ((evaluate, "tofu.split=forget05 batch_size=8"), (attack, "forget=F.jsonl relearn.known=3")):
+        sub.add_argument("model", metavar="MODEL", help="checkpoint folder, hub id, or the folder of a run")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help=f"e.g. {example}")
+        sub.add_argument("--out", required=True, metavar="DIR", help="where the results go")
+        sub.add_argument(
+            "--patch", action="append", default=[], metavar="PATCH", help="lay a patch on MODEL in memory (repeatable)"
+        )
+        sub.add_argument("--oracle", metavar="MODEL", help="a model that never saw the forget data")
+        _folder_state(sub)
+    evaluate.add_argument(
+        "--suite",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="SUITE",
+        help="tofu, muse, wmdp, own, privacy (one or several)",
+    )
+    attack.add_argument(
+        "--attack",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="NAME",
+        help="as listed by 'falcon-unlearn methods', or audit: all",
+    )
+    attack.add_argument("--original", metavar="MODEL", help="the model before unlearning (default: without --patch)")
 
 
 def _print_json(value: Any) -> None:
@@ -106,39 +145,40 @@ _ROWS = (
 )
 
 
-def _shown(value: float | None) -> str:
-    """A dash where there is no number."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:.2g}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
-
-
 def metrics_table(metrics: Mapping[str, Metrics | None]) -> str:
-    """The short table: one row a metric, one column a model; a dash where there is no number."""
-    columns = [name for name in ("before", "after", "oracle") if metrics.get(name) is not None]
+    """The short table: one row a metric, one column a model, with 95 % intervals; a dash where there is no number."""
+    columns = [(name, found) for name in ("before", "after", "oracle") if (found := metrics.get(name)) is not None]
     if not columns:
         return "nothing was scored (evaluation.enabled is false)"
-    lines = [f"{'':24}" + "".join(f"{name:>10}" for name in columns)]
+    rows = [["", *(cell for name, _ in columns for cell in (f"{name:>7}", ""))]]
     for label, key in _ROWS:
-        values = [getattr(metrics[name], key) for name in columns]
+        values = [getattr(found, key) for _, found in columns]
         if any(value is not None for value in values):
-            lines.append(f"{label:24}" + "".join(f"{_shown(value):>10}" for value in values))
-    return "\n".join(lines)
+            cells = [
+                (f"{number(value):>7}", _bounds(found, key)) for value, (_, found) in zip(values, columns, strict=True)
+            ]
+            rows.append([label, *(cell for pair in cells for cell in pair)])
+    return in_columns(rows)
+
+
+def _bounds(metrics: Metrics, key: str) -> str:
+    bounds = metrics.intervals.get(key)
+    return "" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
 
 
 def selection_table(selection: LayerSelection) -> str:
     """Scores per candidate layer, mutual information with its nulls, and what they mean."""
     curve = selection.mutual_information
-    layers = [score.layer for score in selection.scores]
+    layers = [score.layer for score in selection.scores] or list(curve.layers if curve is not None else ())
     by_sweep = selection.selector == "sweep"
     head = ["layer"] + (["score", "forget left", "retain kept"] if by_sweep else [])
     head += ["MI (nats)", "null: retain", "null: permuted"] if curve is not None else []
     rows = [head]
     for i, layer in enumerate(layers):
-        score = selection.scores[i]
         row = [f"{layer}{' *' if layer == selection.target_layer else '  '}"]
         if by_sweep:
-            row += [_shown(v) for v in (score.score, score.details["forget_left"], score.details["retain_kept"])]
+            score = selection.scores[i]
+            row += [number(v) for v in (score.score, score.details["forget_left"], score.details["retain_kept"])]
         if curve is not None:
             row += [f"{v[i]:.2f}" for v in (curve.value, curve.null_retain, curve.null_permutation)]
         rows.append(row)
@@ -153,6 +193,10 @@ def _print_run(run: Run, *, as_json: bool) -> None:
         _print_json({"output": str(run.folder), "layer_selection": run.selection, "metrics": run.metrics})
         return
     print(metrics_table(run.metrics))
+    if run.attacks:
+        from falcon_unlearn.attack import attacks_table
+
+        print(f"\n{attacks_table(run.attacks)}")
     print(f"\nreport  {run.folder / 'report.html'}\npatch   {run.folder / 'patch'}")
 
 
@@ -337,6 +381,68 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 1 if comparison.defects else 0
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.evaluate import evaluate, evaluation_request, results_table
+
+    # A name behind --suite that reads key=value is an override.
+    suites = [name for name in arguments.suite if "=" not in name]
+    overrides = [*arguments.overrides, *(name for name in arguments.suite if "=" in name)]
+    request = evaluation_request(
+        arguments.model,
+        suites,
+        arguments.out,
+        patches=arguments.patch,
+        oracle=arguments.oracle,
+        overrides=overrides,
+    )
+    done = evaluate(request, resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments))
+    if arguments.json:
+        _print_json({"output": str(done.folder), **done.results})
+    else:
+        print(results_table(done))
+        print(f"\nscores  {done.folder / 'scores'}\nnumbers {done.folder / 'metrics.json'}")
+    return 0
+
+
+def _attack(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.attack import attack, attack_request, attacks_table
+
+    request = attack_request(
+        arguments.model,
+        [name for name in arguments.attack if "=" not in name],
+        arguments.out,
+        patches=arguments.patch,
+        original=arguments.original,
+        oracle=arguments.oracle,
+        overrides=[*arguments.overrides, *(name for name in arguments.attack if "=" in name)],
+    )
+    done = attack(request, resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments))
+    if arguments.json:
+        from falcon_unlearn.attacks.base import worst
+
+        strongest = worst(done.results)
+        found = None if strongest is None else {"attack": strongest[0], "recovery": strongest[1]}
+        _print_json({"output": str(done.folder), "attacks": done.results, "worst": found})
+    else:
+        print(attacks_table(done.results))
+        print(f"\nresults {done.folder / 'attacks.json'}\nsamples {done.folder / 'attacks'}")
+    return 0
+
+
+def _score_log(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.evaluation.logs import score_log
+
+    scores = score_log(Path(arguments.log), None if arguments.retain is None else Path(arguments.retain))
+    if arguments.json:
+        _print_json(scores)
+        return 0
+    rows = [["forget quality (p)", number(scores.forget_quality)], ["  log10", number(scores.log10_forget_quality)]]
+    rows += [["model utility", number(scores.model_utility)]]
+    rows += [[f"  {name}", number(value)] for name, value in scores.parts.items()]
+    print("\n".join([in_columns(rows), *scores.notes]))
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from falcon_unlearn.recipe import load_recipe
     from falcon_unlearn.report.html import write_report
@@ -353,17 +459,26 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.attacks.battery import ATTACKS
+    from falcon_unlearn.evaluation.suites import SUITES
     from falcon_unlearn.methods import METHODS
     from falcon_unlearn.presets import PRESETS
 
+    selectors = ["sweep", "mutual_information"]
     if arguments.json:
         _print_json(
-            {"methods": list(METHODS), "attacks": [], "selectors": ["sweep", "mutual_information"], "suites": []}
+            {"methods": list(METHODS), "attacks": list(ATTACKS), "selectors": selectors, "suites": list(SUITES)}
         )
         return 0
-    for name, entry in METHODS.items():
-        print(f"{name:18}{entry.summary} (presets: {', '.join(PRESETS[name])})")
-    print(f"{'selectors':18}sweep, mutual_information")
+    sections = {
+        "methods": {name: f"{entry.summary} (presets: {', '.join(PRESETS[name])})" for name, entry in METHODS.items()},
+        "attacks": ATTACKS,
+        "suites": SUITES,
+        "selectors": dict.fromkeys(selectors, ""),
+    }
+    for title, entries in sections.items():
+        print(title)
+        print(in_columns([[f"  {name}", summary] for name, summary in entries.items()]))
     return 0
 
 

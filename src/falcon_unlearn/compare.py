@@ -23,7 +23,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from falcon_unlearn.errors import UserError
 from falcon_unlearn.grid import CellPlan, Plan, digest
 from falcon_unlearn.pipeline import Interrupted, run_recipe
 from falcon_unlearn.recipe import Recipe, dump_recipe, save_recipe
-from falcon_unlearn.report.comparison import DEFECT, Comparison, Row, brief, ranked, write_comparison
+from falcon_unlearn.report.comparison import DEFECT, Comparison, Row, brief, ranked, recovered_key, write_comparison
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -101,8 +101,11 @@ def score_of(metrics: Metrics, before: Metrics) -> tuple[float, float, float]:
 
 def _numbers(metrics: Metrics, before: Metrics) -> dict[str, float | None]:
     score, kept, leak = score_of(metrics, before)
-    plain = {key: value for key, value in asdict(metrics).items() if key not in {"utility_parts", "unscorable"}}
-    return {"score": score, "kept": kept, "leak": leak, **plain}
+    names = [f.name for f in dataclasses.fields(metrics) if f.name != "unscorable"]
+    values = {name: getattr(metrics, name) for name in names}
+    plain = {name: value for name, value in values.items() if not isinstance(value, Mapping)}
+    attacked = {recovered_key(name): found.get("recovered_accuracy") for name, found in metrics.attacks.items()}
+    return {"score": score, "kept": kept, "leak": leak, **plain, **attacked}
 
 
 def _reason(error: Exception, console: Console) -> str:
@@ -119,7 +122,7 @@ def _reason(error: Exception, console: Console) -> str:
 def _score_folder(plan: Plan, recipe: Recipe) -> Path:
     """Where the scores of the models before and of the oracle are kept for all runs that would find the same ones."""
     sections = {"model", "evaluation", "seed", "dtype", "device", "threads", "trust_remote_code"}
-    parts = recipe.model_dump(mode="json", include=sections)
+    parts = recipe.model_dump(mode="json", include=sections | {"attacks"})
     return plan.path("shared", digest([plan.weights, parts, recipe.corpus.template, recipe.corpus.plain_template])[:16])
 
 
@@ -135,21 +138,26 @@ def _run(plan: Plan, recipe: Recipe, *, own_folder: bool) -> Mapping[str, Metric
     if folder.exists() and not (stored.exists() and stored.read_text(encoding="utf-8") == dump_recipe(recipe)):
         shutil.rmtree(folder)  # of an earlier state of the grid
     shared = _score_folder(plan, recipe)
-    names = ("before.jsonl", "oracle.jsonl")[: 2 if recipe.evaluation.oracle is not None else 1]
-    (folder / "scores").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, stored)
-    _copy_missing(shared, folder / "scores", names)
+    _copy_missing(shared, folder)
     try:
         return run_recipe(recipe, resume=True).metrics
     finally:
-        shared.mkdir(parents=True, exist_ok=True)
-        _copy_missing(folder / "scores", shared, names)
+        _copy_missing(folder, shared)
 
 
-def _copy_missing(source: Path, target: Path, names: Sequence[str]) -> None:
-    for name in names:
-        if (source / name).exists() and not (target / name).exists():
-            write_bytes(target / name, (source / name).read_bytes())
+_SHARED_RESULTS = ("scores/before.*", "scores/oracle.*", "attacks/original.*", "attacks/oracle.*")
+
+
+def _copy_missing(source: Path, target: Path) -> None:
+    """Copy what one run finds out about the original model and the oracle, and all others would find again."""
+    for pattern in _SHARED_RESULTS:
+        for path in sorted(source.glob(pattern)):
+            other = target / path.relative_to(source)
+            if not other.exists():
+                other.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(other, path.read_bytes())
 
 
 def _start_peak(device: str) -> bool:

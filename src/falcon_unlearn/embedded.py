@@ -164,6 +164,7 @@ def demo_recipe(folder: Path, inputs: Path, seed: int) -> dict[str, object]:
             "utility": {"countries": str(inputs / "score_countries.jsonl")},
             "oracle": str(inputs / "oracle"),
         },
+        "attacks": {"relearn": {"points": 2}, "logit-lens": {"options": False}, "quantize": {"formats": ["int8"]}},
         "device": "cpu",
         "threads": 1,  # so small a model is slower on two, and its result should not depend on the machine's cores
         "output": str(folder),

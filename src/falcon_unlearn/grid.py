@@ -348,13 +348,20 @@ def plan_grid(grid: Grid, grid_path: Path, console: Console) -> Plan:
                 finals[name][seed] = _scored_from(laid, facts / "scored", names)
             if cell.search and seed in grid.tuning.seeds:
                 judged = _scored_from(laid, facts / "validation", names)
-                trials[name][seed] = lay_over(judged, {"evaluation.oracle": None, "report.samples": 0})
+                trials[name][seed] = _without_extras(judged)
     cells = tuple(
         CellPlan(name, finals[name], trials[name], cell.search, base_dir) for name, cell in grid.cells.items()
     )
     trials_of_each = grid.tuning.trials if searched else 0
     weights = "" if grid.base == EMBEDDED else _weights(finals, base_dir)
     return Plan(output, cells, tuple(dict.fromkeys(grid.seeds)), trials_of_each, share, weights)
+
+
+def _without_extras(judged: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial is judged by S alone: no oracle, no suites, no attacks, no generations in the report."""
+    evaluation = {key: value for key, value in judged.get("evaluation", {}).items() if key not in {"oracle", "suites"}}
+    kept = {key: value for key, value in judged.items() if key != "attacks"}
+    return lay_over(kept | {"evaluation": evaluation}, {"report.samples": 0})
 
 
 def _weights(finals: Mapping[str, Mapping[int, Mapping[str, Any]]], base_dir: Path) -> str:

@@ -10,8 +10,8 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +19,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from falcon_unlearn.artifacts import LayerSelection, Metrics, SampleScore, StepRecord, to_plain, write_bytes, write_json
+from falcon_unlearn.artifacts import (
+    LayerSelection,
+    Metrics,
+    SampleScore,
+    StepRecord,
+    to_plain,
+    versions,
+    write_bytes,
+    write_json,
+)
+from falcon_unlearn.attack_runs import Attackable, BatteryLimits, check_battery, drawn, recovered, run_battery
+from falcon_unlearn.attack_runs import is_finished as attacks_finished
+from falcon_unlearn.attacks.base import ORACLE, ORIGINAL, UNLEARNED, AttackData, AttackResult
 from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.batching import Encoded, Encoder
 from falcon_unlearn.corpus.records import Record
-from falcon_unlearn.corpus.sources import Corpus, content_hash, load_corpus
+from falcon_unlearn.corpus.sources import Corpus, content_hash, load_corpus, load_records
 from falcon_unlearn.engine.trainer import CheckpointPlan, InterruptedTrainingError
+from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.metrics import FORGET_SET, compute_metrics
-from falcon_unlearn.methods import METHODS
-from falcon_unlearn.model.decoder import renamed_to, replaced
-from falcon_unlearn.model.disk_names import TORCH_DTYPES, to_disk
+from falcon_unlearn.evaluation.suite import Rows, Subject, Suite
+from falcon_unlearn.evaluation.suites import open_suites
+from falcon_unlearn.methods import entry_of
+from falcon_unlearn.model.disk_names import to_disk
 from falcon_unlearn.model.loading import (
     ModelSource,
     fetch_weights,
@@ -41,9 +55,11 @@ from falcon_unlearn.model.loading import (
     text_config,
 )
 from falcon_unlearn.model.patch import Patch, read_patch, write_patch
+from falcon_unlearn.model.patched import load_patched
 from falcon_unlearn.model.shards import fingerprint, tensor_files, tensor_spans
 from falcon_unlearn.model.skeleton import fetch_first_layers, load_first_layers
 from falcon_unlearn.recipe import Recipe
+from falcon_unlearn.report.card import write_card
 from falcon_unlearn.report.html import write_report
 from falcon_unlearn.run_folder import WORKING_FILES, RunFolder, open_run_folder, start_run
 from falcon_unlearn.stages import (
@@ -52,7 +68,6 @@ from falcon_unlearn.stages import (
     Means,
     Watch,
     alternatives_of,
-    as_stored,
     check_layers,
     describe_training,
     encode_corpus,
@@ -66,6 +81,8 @@ from falcon_unlearn.stages import (
     unlearn_layers,
     unlearn_whole,
 )
+from falcon_unlearn.subjects import computing_with
+from falcon_unlearn.suite_scores import read_suite, score_suite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -80,12 +97,14 @@ class Run:
         selection: the layers that were trained.
         metrics: ``before``, ``after`` and ``oracle`` (None without one).
         patch: the patch in ``folder/patch``.
+        attacks: what was tried to bring the knowledge back.
     """
 
     folder: Path
     selection: LayerSelection
     metrics: Mapping[str, Metrics | None]
     patch: Patch
+    attacks: tuple[AttackResult, ...] = ()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -104,6 +123,8 @@ class _Inputs:
     encoded: EncodedCorpus
     alternatives: Mapping[str, tuple[Encoded, ...]]
     sets: Mapping[str, Sequence[Record]]
+    suites: Mapping[str, Suite]
+    attacked: AttackData | None
     oracle: ModelSource | None
     on_disk: Mapping[str, Any]  # tensors in use, or all: name on disk -> span
     console: Console
@@ -118,6 +139,16 @@ class _Inputs:
             **({} if self.oracle is None else {"evaluation.oracle": fingerprint(self.oracle.folder)}),
             **{f"corpus.{name}": digest for name, digest in self.corpus.hashes.items()},
             **{f"evaluation.{name}": content_hash(records) for name, records in self.sets.items()},
+            **{
+                f"evaluation.suites.{name}.{part}": digest
+                for name, suite in self.suites.items()
+                for part, digest in suite.content.items()
+            },
+            **(
+                {"attacks.neighbours": content_hash(self.attacked.neighbours)}
+                if self.attacked is not None and self.attacked.neighbours
+                else {}
+            ),
         }
 
     @contextmanager
@@ -126,17 +157,6 @@ class _Inputs:
         began = time.perf_counter()
         yield
         self.seconds[stage] = round(time.perf_counter() - began, 3)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Compute with ``count`` threads, and with the caller's number again afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
@@ -169,14 +189,38 @@ def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
     with quiet_transformers():  # long records are our message to give
         encoded = encode_corpus(recipe, corpus, encoder, config)
     alternatives = alternatives_of(recipe, encoded, encoder)
-    sets = evaluation_sets(recipe, corpus, base_dir) if recipe.evaluation.enabled else {}
-    return _Inputs(recipe, source, config, encoder, corpus, encoded, alternatives, sets, oracle, on_disk, console)
+    scored = recipe.evaluation.enabled
+    sets = evaluation_sets(recipe, corpus, base_dir) if scored else {}
+    suites = open_suites(recipe.evaluation.suites, base_dir, recipe.seed) if scored else {}
+    attacked = _attacked(recipe, corpus, sets, base_dir)
+    return _Inputs(
+        recipe, source, config, encoder, corpus, encoded, alternatives, sets, suites, attacked, oracle, on_disk, console
+    )
+
+
+def _attacked(
+    recipe: Recipe, corpus: Corpus, sets: Mapping[str, Sequence[Record]], base_dir: Path
+) -> AttackData | None:
+    """The records of the attacks, or None where there are none to run."""
+    config = recipe.attacks
+    if not config.chosen():
+        return None
+    utility = [record for name, records in sets.items() if name != FORGET_SET for record in records]
+    data = AttackData(
+        tuple(record for records in corpus.forget.values() for record in records),
+        drawn(sets[FORGET_SET], config.max_records, recipe.seed),
+        tuple(record for records in corpus.retain.values() for record in records),
+        drawn(utility, config.max_records, recipe.seed),
+        () if config.neighbours is None else tuple(load_records(config.neighbours, base_dir, "attacks.neighbours")),
+    )
+    check_battery(config, data, recipe.seed)
+    return data
 
 
 def _tensors_in_use(recipe: Recipe, source: ModelSource) -> set[str] | None:
     """Names of the tensors that this recipe needs of the checkpoint, None for all; of a hub id they are fetched."""
     layers = recipe.selection.layers
-    whole = METHODS[recipe.method.name].kind != "representation"
+    whole = entry_of(recipe.method).kind != "representation"
     if recipe.evaluation.enabled or whole or isinstance(layers, str):
         fetch_weights(source)
         return None
@@ -243,18 +287,9 @@ class _TrainingLog:
             handle.write(json.dumps(to_plain(record)) + "\n")
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """The trained tensors, rounded as they are on disk, under the names of the model they were trained in."""
-
-    stack: str
-    tensors: Mapping[str, Tensor]
-    patch: Patch
-
-
-def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool) -> _Trained:
+def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool) -> Patch:
     recipe = inputs.recipe
-    whole = METHODS[recipe.method.name].kind != "representation"
+    whole = entry_of(recipe.method).kind != "representation"
     model = load_causal_lm(inputs.source) if whole else load_first_layers(inputs.source, selection.target_layer + 1)
     log = _TrainingLog(folder / "training.jsonl")
     inputs.console.say("training: " + describe_training(recipe, text_config(inputs.config).hidden_size))
@@ -288,12 +323,7 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
     inputs.diagnostics.update(trained.diagnostics)
     if trained.save_adapter is not None and recipe.training.lora is not None and recipe.training.lora.keep_adapter:
         trained.save_adapter(folder / "adapter", recipe.model)
-    dtypes = {
-        name: TORCH_DTYPES.get(inputs.on_disk[stored].dtype, torch.float32)
-        for name, value in trained.tensors.items()
-        for stored in to_disk(model, {name: value}, inputs.on_disk)
-    }
-    patch = write_patch(
+    return write_patch(
         folder / "patch",
         inputs.source.folder,
         to_disk(model, trained.tensors, inputs.on_disk),
@@ -306,17 +336,46 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
             "versions": versions(),
         },
     )
-    return _Trained(trained.stack_name, as_stored(trained.tensors, dtypes), patch)
 
 
-def _score(
-    inputs: _Inputs, folder: RunFolder, name: str, model: PreTrainedModel
-) -> Mapping[str, Sequence[SampleScore]]:
-    inputs.console.say(f"scoring: {name}")
+@dataclass(frozen=True)
+class _Scored:
+    """What a model was scored with: the run's own sets, and suites."""
+
+    sets: Mapping[str, Sequence[SampleScore]]
+    suites: Mapping[str, Rows]
+
+
+def _score(inputs: _Inputs, folder: RunFolder, name: str, model: PreTrainedModel) -> dict[str, list[SampleScore]]:
     with inputs.timed(f"score_{name}"):
         scores = score_model(model, inputs.encoder, inputs.sets, inputs.recipe, inputs.console)
     folder.write_scores(name, scores)
     return scores
+
+
+def _scored(inputs: _Inputs, folder: RunFolder, name: str, load: Callable[[], PreTrainedModel]) -> _Scored:
+    """Read back what there is, and score the rest; the model is loaded only for that."""
+    loaded: list[PreTrainedModel] = []
+
+    def model() -> PreTrainedModel:
+        if not loaded:
+            loaded.append(load())
+            inputs.console.say(f"scoring: {name}")
+        return loaded[0]
+
+    sets = folder.read_scores(name)
+    if sets is None:
+        sets = _score(inputs, folder, name, model())
+    suites: dict[str, Rows] = {}
+    for suite_name, suite in inputs.suites.items():
+        stem = folder / "scores" / f"{name}.{suite_name}"
+        rows = read_suite(suite, stem)
+        if rows is None:
+            with inputs.timed(f"{suite_name}_{name}"):
+                subject = Subject(model(), inputs.encoder, inputs.recipe.evaluation.batch_size, name)
+                rows = score_suite(suite, subject, stem, inputs.console)
+        suites[suite_name] = rows
+    return _Scored(sets, suites)
 
 
 def _select(
@@ -366,9 +425,7 @@ def _room(device: torch.device) -> int:
     return free_memory()
 
 
-def _before_and_selection(
-    inputs: _Inputs, folder: RunFolder
-) -> tuple[Mapping[str, Sequence[SampleScore]] | None, LayerSelection]:
+def _before_and_selection(inputs: _Inputs, folder: RunFolder) -> tuple[_Scored | None, LayerSelection]:
     """Both look at the original model, which is loaded at most once and let go afterwards."""
     loaded: list[PreTrainedModel] = []
 
@@ -377,27 +434,64 @@ def _before_and_selection(
             loaded.append(load_causal_lm(inputs.source))
         return loaded[0]
 
-    before = None
-    if inputs.recipe.evaluation.enabled:
-        before = folder.read_scores("before") or _score(inputs, folder, "before", model())
+    before = _scored(inputs, folder, "before", model) if inputs.recipe.evaluation.enabled else None
     return before, _select(inputs, folder, model, loaded)
 
 
-def _after(
-    inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool
-) -> tuple[Mapping[str, Sequence[SampleScore]] | None, Patch]:
-    scored = inputs.recipe.evaluation.enabled
-    after = folder.read_scores("after")
-    if (after is not None or not scored) and (folder / "patch").exists():
-        return after, read_patch(folder / "patch")
+def _patch(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool) -> Patch:
+    if (folder / "patch").exists():
+        try:
+            return read_patch(folder / "patch")
+        except UserError as error:
+            inputs.console.say(f"{error}; training again")
     with inputs.timed("training"):
-        trained = _train(inputs, folder, selection, resume=resume)
+        patch = _train(inputs, folder, selection, resume=resume)
     gc.collect()
-    if not scored:
-        return None, trained.patch
-    model = load_causal_lm(inputs.source)
-    with replaced(model, renamed_to(model, trained.stack, trained.tensors)):
-        return _score(inputs, folder, "after", model), trained.patch
+    return patch
+
+
+def _attack(inputs: _Inputs, folder: RunFolder, patch: Patch) -> list[AttackResult]:
+    recipe = inputs.recipe
+    if inputs.attacked is None:
+        return []
+    models = {
+        ORIGINAL: Attackable(lambda: load_causal_lm(inputs.source), inputs.encoder),
+        UNLEARNED: Attackable(lambda: load_patched(inputs.source, (patch,)), inputs.encoder),
+    }
+    if inputs.oracle is not None:
+        oracle = inputs.oracle
+        models[ORACLE] = Attackable(lambda: load_causal_lm(oracle), inputs.encoder)
+    limits = BatteryLimits(
+        recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens, recipe.corpus.max_length, recipe.seed
+    )
+    finished = attacks_finished(recipe.attacks, models, folder.path)
+    with nullcontext() if finished else inputs.timed("attacks"):
+        return run_battery(recipe.attacks, models, inputs.attacked, folder.path, limits, console=inputs.console)
+
+
+def _metrics(
+    inputs: _Inputs, scored: Mapping[str, _Scored | None], attacks: Sequence[AttackResult]
+) -> dict[str, Metrics | None]:
+    oracle = scored["oracle"]
+    settings = {"template": inputs.encoder.describe(), "seed": inputs.recipe.seed}
+    metrics: dict[str, Metrics | None] = {}
+    for name, found in scored.items():
+        if found is None:
+            metrics[name] = None
+            continue
+        beside = None if name == "oracle" else oracle
+        metrics[name] = replace(
+            compute_metrics(found.sets, None if oracle is None else oracle.sets[FORGET_SET]),
+            suites={
+                suite: inputs.suites[suite].summarise(rows, None if beside is None else beside.suites[suite], settings)
+                for suite, rows in found.suites.items()
+            },
+            attacks=recovered(attacks, _ATTACKED[name]),
+        )
+    return metrics
+
+
+_ATTACKED = {"before": ORIGINAL, "after": UNLEARNED, "oracle": ORACLE}
 
 
 def run_recipe(
@@ -421,7 +515,7 @@ def run_recipe(
         UserError: anything wrong with recipe, data, model or output folder; nothing was written then.
         Interrupted: Ctrl-C; finished stages and the training state are kept.
     """
-    with _threads(recipe.threads):
+    with computing_with(recipe.threads):
         return _run_stages(recipe, console or Console(quiet=True), resume=resume, overwrite=overwrite, allowed=allowed)
 
 
@@ -434,26 +528,27 @@ def _run_stages(recipe: Recipe, console: Console, *, resume: bool, overwrite: bo
     _say_corpus(inputs)
     try:
         before, selection = _before_and_selection(inputs, folder)
-        after, patch = _after(inputs, folder, selection, resume=resume)
-        oracle: Mapping[str, Sequence[SampleScore]] | None = None
+        patch = _patch(inputs, folder, selection, resume=resume)
+        scored: dict[str, _Scored | None] = {"before": before, "after": None, "oracle": None}
+        if recipe.evaluation.enabled:
+            scored["after"] = _scored(inputs, folder, "after", lambda: load_patched(inputs.source, (patch,)))
         if inputs.oracle is not None:
-            oracle = folder.read_scores("oracle") or _score(inputs, folder, "oracle", load_causal_lm(inputs.oracle))
+            oracle = inputs.oracle
+            scored["oracle"] = _scored(inputs, folder, "oracle", lambda: load_causal_lm(oracle))
+        attacks = _attack(inputs, folder, patch)
     except InterruptedTrainingError as stop:
         raise Interrupted(f"stopped after training step {stop.step}; everything so far is in {folder.path}") from stop
     except KeyboardInterrupt as stop:
         raise Interrupted(f"stopped; finished stages are in {folder.path}") from stop
-    oracle_forget = oracle[FORGET_SET] if oracle is not None else None
-    metrics = {
-        name: compute_metrics(scores, oracle_forget) if scores is not None else None
-        for name, scores in (("before", before), ("after", after), ("oracle", oracle))
-    }
+    metrics = _metrics(inputs, scored, attacks)
     if inputs.seconds or not finished:
         folder.write_metrics(metrics)
         _write_provenance(inputs, folder, started)
         write_report(folder.path, samples=recipe.report.samples)
+        write_card(folder.path)
         for name in WORKING_FILES:
             (folder / name).unlink(missing_ok=True)
-    return Run(folder.path, selection, metrics, patch)
+    return Run(folder.path, selection, metrics, patch, tuple(attacks))
 
 
 def select_layers_of(
@@ -469,7 +564,7 @@ def select_layers_of(
         Interrupted: Ctrl-C.
     """
     started = datetime.now(UTC)
-    with _threads(recipe.threads):
+    with computing_with(recipe.threads):
         inputs = _read_inputs(recipe, console or Console(quiet=True))
         folder = open_run_folder(recipe, resume=resume, overwrite=overwrite)
         start_run(folder, recipe, _corpus_facts(inputs))
@@ -480,14 +575,6 @@ def select_layers_of(
             raise Interrupted(f"stopped; nothing was selected yet, {folder.path} can be resumed") from stop
         _write_provenance(inputs, folder, started)
     return selection, folder.path
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
-    from importlib.metadata import version
-
-    packages = ("falcon-unlearn", "torch", "transformers", "tokenizers", "safetensors", "datasets", "scipy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _peak_memory_mb() -> int | None:

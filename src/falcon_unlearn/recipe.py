@@ -5,21 +5,25 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from falcon_unlearn.artifacts import write_bytes
+from falcon_unlearn.attacks.battery import BatteryConfig
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.sources import CorpusConfig, SourceConfig
 from falcon_unlearn.engine.trainer import TrainingConfig
 from falcon_unlearn.errors import UserError, did_you_mean
-from falcon_unlearn.methods import METHODS, FalconConfig, MethodConfig
+from falcon_unlearn.evaluation.suites import SuitesConfig
+from falcon_unlearn.methods import METHODS, FalconConfig, MethodConfig, entry_of
 from falcon_unlearn.model.loading import DTypeChoice
 from falcon_unlearn.presets import PRESETS, deep_merge
 from falcon_unlearn.selection.mutual_information import MutualInformationConfig
 from falcon_unlearn.selection.sweep import SweepConfig
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class SelectionConfig(Section):
@@ -76,6 +80,8 @@ class EvaluationConfig(Section):
     """Longest generated answer."""
     max_records: int | None = Field(400, ge=1)
     """Score at most so many records of a set, drawn with the seed; empty: all."""
+    suites: SuitesConfig = SuitesConfig()
+    """Benchmarks that every model is scored with too."""
 
 
 class ReportConfig(Section):
@@ -102,6 +108,8 @@ class Recipe(Section):
     """How long and with which optimiser."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is scored."""
+    attacks: BatteryConfig = BatteryConfig()
+    """How forgotten knowledge is tried to be brought back."""
     report: ReportConfig = ReportConfig()
     """What the report shows."""
     seed: int = 0
@@ -117,8 +125,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _adapters_are_trained(self) -> Recipe:
-        if METHODS[self.method.name].kind == "edit" and self.training.lora is not None:
+        if entry_of(self.method).kind == "edit" and self.training.lora is not None:
             raise ValueError(f"training.lora: {self.method.name} edits the weights themselves: leave lora out")
+        return self
+
+    @model_validator(mode="after")
+    def _attacks_are_scored(self) -> Recipe:
+        if self.attacks.chosen() and not self.evaluation.enabled:
+            raise ValueError("attacks: what they bring back is scored: set evaluation.enabled to true")
         return self
 
     @model_validator(mode="after")
@@ -193,16 +207,21 @@ def with_presets(raw: Mapping[str, Any]) -> dict[str, Any]:
     return deep_merge(preset, {**raw, "method": method})
 
 
-def _fields_at(location: Sequence[str | int], raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Known keys of the section at ``location`` of ``raw``, for did-you-mean."""
-    sections: list[type[Section]] = [Recipe]
+def _fields_at(location: Sequence[str | int], raw: Mapping[str, Any], root: type[Section]) -> Mapping[str, Any]:
+    """Known keys of the section at ``location`` of ``raw``, a ``root``, for did-you-mean."""
+    sections: list[type[Section]] = [root]
     method = _value_at(raw, ["method", "name"])
     if location and location[0] == "method" and isinstance(method, str) and method in METHODS:
         sections, location = [METHODS[method].config], location[1:]
     for part in location:
-        inner = [s.model_fields[str(part)].annotation for s in sections if str(part) in s.model_fields]
+        inner = [
+            field.annotation
+            for section in sections
+            for name, field in section.model_fields.items()
+            if str(part) in (name, field.alias)
+        ]
         sections = [found for annotation in inner for found in _sections_in(annotation)] or sections
-    return {name: None for section in sections for name in section.model_fields}
+    return {field.alias or name: None for section in sections for name, field in section.model_fields.items()}
 
 
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:
@@ -223,21 +242,23 @@ def _value_at(raw: Any, location: Sequence[str | int]) -> Any:
     return raw
 
 
-def _location(error: Mapping[str, Any], raw: Mapping[str, Any]) -> list[str | int]:
+def _location(error: Mapping[str, Any], raw: Mapping[str, Any], root: type[Section]) -> list[str | int]:
     """Where an error stands in the recipe, without the tags pydantic adds for the branches of a union."""
     location: list[str | int] = []
     for part in error["loc"]:
         here = _value_at(raw, location)
         given = isinstance(here, Mapping) and part in here
-        if given or isinstance(part, int) or part in _fields_at(location, raw):
+        if given or isinstance(part, int) or part in _fields_at(location, raw, root):
             location.append(part)
     return location
 
 
-def _message(error: Mapping[str, Any], location: Sequence[str | int], raw: Mapping[str, Any]) -> str:
+def _message(
+    error: Mapping[str, Any], location: Sequence[str | int], raw: Mapping[str, Any], root: type[Section]
+) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
-        return "unknown key" + did_you_mean(str(location[-1]), _fields_at(location[:-1], raw))
+        return "unknown key" + did_you_mean(str(location[-1]), _fields_at(location[:-1], raw, root))
     if kind == "missing":
         return "required, but missing"
     if kind in {"union_tag_invalid", "union_tag_not_found"}:
@@ -254,16 +275,18 @@ def _message(error: Mapping[str, Any], location: Sequence[str | int], raw: Mappi
     return message[:1].lower() + message[1:] + hint
 
 
-def _mistakes(error: ValidationError, raw: Mapping[str, Any], where: str, places: Mapping[str, str]) -> list[str]:
+def _mistakes(
+    error: ValidationError, raw: Mapping[str, Any], root: type[Section], where: str, places: Mapping[str, str]
+) -> list[str]:
     """One line per key that is wrong: place (file and line, or override), key, value, what is wrong with it."""
     messages: dict[str, list[str]] = {}
     given: dict[str, str] = {}
     for item in error.errors():
-        location = _location(item, raw)
+        location = _location(item, raw, root)
         key, value = ".".join(str(part) for part in location), _value_at(raw, location)
         shown = "" if item["type"] == "missing" or isinstance(value, Mapping) else f" is {value!r}"
         given[key] = " is empty" if shown == " is None" else shown
-        messages.setdefault(key, []).append(_message(item, location, raw))
+        messages.setdefault(key, []).append(_message(item, location, raw, root))
     result = []
     for key, reasons in messages.items():
         if any(other.startswith(f"{key}.") for other in messages):
@@ -321,11 +344,27 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe", places: Mapping[s
     Raises:
         UserError: one line per mistake, all at once.
     """
-    filled = with_presets(raw)
+    return validated(Recipe, with_presets(raw), where, places)
+
+
+def validated(
+    section: type[AnySection], raw: Mapping[str, Any], where: str, places: Mapping[str, str] | None = None
+) -> AnySection:
+    """Validate a mapping as a section.
+
+    Args:
+        section: what it should be.
+        raw: the mapping.
+        where: what to call it in messages.
+        places: where a dotted key stands, where that is known better.
+
+    Raises:
+        UserError: one line per mistake, all at once.
+    """
     try:
-        return Recipe.model_validate(filled)
+        return section.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join(_mistakes(error, filled, where, places or {}))) from error
+        raise UserError("\n".join(_mistakes(error, raw, section, where, places or {}))) from error
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -352,6 +391,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return with_absolute_paths(recipe, path.parent)
 
 
+_PATHS_OF_SUITES = ("data", "retain_log", "reference", "include_path")
+
+
 def with_absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     """Make every local path of ``recipe`` absolute: beside the recipe first, then from the current directory."""
 
@@ -370,6 +412,10 @@ def with_absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     plain["output"] = str(Path(recipe.output).expanduser().resolve())
     if recipe.evaluation.oracle is not None:
         plain["evaluation"]["oracle"] = absolute(recipe.evaluation.oracle)
+    for suite in plain["evaluation"]["suites"].values():
+        named = {key: suite[key] for key in _PATHS_OF_SUITES if suite and isinstance(suite.get(key), str)}
+        if named:
+            suite.update({key: absolute(name) for key, name in named.items()})
     return Recipe.model_validate(plain)
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from falcon_unlearn.artifacts import (
     LayerSelection,
@@ -22,6 +19,7 @@ from falcon_unlearn.artifacts import (
     write_jsonl,
 )
 from falcon_unlearn.errors import UserError
+from falcon_unlearn.output_folder import differing, open_output, read_settings
 from falcon_unlearn.recipe import Recipe, dump_recipe, save_recipe
 from falcon_unlearn.stages import with_sets
 
@@ -36,16 +34,28 @@ _RESULTS = (
     "scores/after.jsonl",
     "metrics.json",
     "report.html",
+    "model_card.md",
     "provenance.json",
 )
+_ATTACKS = "attacks.json"
 _ORACLE_SCORES = "scores/oracle.jsonl"
 WORKING_FILES = ("checkpoint.safetensors", "activations", "activations.json")
 """What a resumed run goes on from; removed at the end."""
 _ADAPTER = ("adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _CONTENT = frozenset(
-    (*_RESULTS, _ORACLE_SCORES, "patch", "scores", "patch/original.safetensors", *_ADAPTER, *WORKING_FILES)
+    (
+        *_RESULTS,
+        _ORACLE_SCORES,
+        _ATTACKS,
+        "attacks",
+        "patch",
+        "scores",
+        "patch/original.safetensors",
+        *_ADAPTER,
+        *WORKING_FILES,
+    )
 )
-_NOT_COMPARED = ("output", "report", "device")
+_NOT_COMPARED = ("output", "report", "device", "attacks.seconds")
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class RunFolder:
         """Whether every stage of exactly this recipe has left its result."""
         config = recipe.evaluation
         results = (*_RESULTS, *((_ORACLE_SCORES,) if config.oracle is not None else ()))
+        results += (_ATTACKS,) if recipe.attacks.chosen() else ()
         if not config.enabled:
             results = tuple(name for name in results if not name.startswith("scores/"))
         return all((self.path / name).exists() for name in results) and dump_recipe(recipe) == (
@@ -106,69 +117,36 @@ def open_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool, allowed: S
         UserError: the folder is not empty, is no folder, or holds a run of another recipe.
     """
     path = Path(recipe.output)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output: {path} is a file; name a folder")
-    everything = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-    if everything and "recipe.yaml" not in everything:
-        raise UserError(f"output: {path} is not empty and holds no run (but '{everything[0]}'); choose another folder")
-    present = [name for name in everything if name not in allowed]
-    if present and overwrite:
-        _remove_run(path, present)
-    elif present and not resume:
-        raise UserError(f"output: {path} is not empty; go on there with --resume, replace it with --overwrite")
-    elif present:
-        _same_recipe(recipe, path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {path} cannot be created ({error.strerror})") from error
+    open_output(
+        path,
+        "recipe.yaml",
+        what="run",
+        is_ours=_is_ours,
+        same=lambda: _same_recipe(recipe, path),
+        resume=resume,
+        overwrite=overwrite,
+        allowed=allowed,
+    )
     return RunFolder(path)
 
 
-def _remove_run(path: Path, present: Sequence[str]) -> None:
-    entries = [entry for name in present for entry in (path / name, *(path / name).rglob("*"))]
-    foreign = [entry for entry in entries if not _is_ours(entry.relative_to(path))]
-    if foreign:
-        shown = foreign[0].relative_to(path).as_posix()
-        raise UserError(f"output: {path} holds '{shown}', which no run wrote; --overwrite leaves it alone")
-    for name in present:
-        target = path / name
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        else:
-            target.unlink()
-
-
 def _is_ours(name: Path) -> bool:
-    return name.as_posix() in _CONTENT or any(part.startswith(".") and part.endswith(".tmp") for part in name.parts)
+    model, parent = name.name.split(".")[0], name.parent.as_posix()
+    of_suite = parent == "scores" and model in {"before", "after", "oracle"} and name.suffix == ".jsonl"
+    of_attack = parent == "attacks" and model in {"original", "unlearned", "oracle"} and name.suffix == ".json"
+    return name.as_posix() in _CONTENT or of_suite or of_attack
 
 
 def _same_recipe(recipe: Recipe, path: Path) -> None:
-    file = path / "recipe.yaml"
-    try:
-        earlier = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        earlier = None
-    if not isinstance(earlier, Mapping):
-        raise UserError(f"{file}: damaged, so the run cannot be resumed; use --overwrite or another folder")
-    changed = [key for key in _differing(earlier, recipe.model_dump(mode="json")) if key not in _NOT_COMPARED]
+    earlier = read_settings(path / "recipe.yaml", "run")
+    changed = [
+        key for key in differing(earlier, recipe.model_dump(mode="json"), _NOT_COMPARED) if key not in _NOT_COMPARED
+    ]
     if changed:
         raise UserError(
             f"output: {path} holds a run of another recipe ({', '.join(changed)} differ); "
             "use --overwrite or another folder"
         )
-
-
-def _differing(left: Any, right: Any, prefix: str = "") -> list[str]:
-    if isinstance(left, Mapping) and isinstance(right, Mapping):
-        keys = dict.fromkeys((*left, *right))
-        return [
-            name
-            for key in keys
-            if f"{prefix}{key}" not in _NOT_COMPARED
-            for name in _differing(left.get(key), right.get(key), f"{prefix}{key}.")
-        ]
-    return [] if left == right else [prefix.rstrip(".")]
 
 
 def start_run(folder: RunFolder, recipe: Recipe, corpus_facts: Mapping[str, Any]) -> None:

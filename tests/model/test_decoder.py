@@ -8,7 +8,7 @@ from torch import nn
 
 from falcon_unlearn.corpus.batching import Batch
 from falcon_unlearn.errors import UserError
-from falcon_unlearn.model.decoder import SplitDecoder, find_layers, renamed_to, replaced, scope_parameters
+from falcon_unlearn.model.decoder import SplitDecoder, find_layers, replaced, scope_parameters
 from falcon_unlearn.objectives.representation import cosine_retention, info_nce
 
 TEMPERATURE = 0.7
@@ -385,13 +385,3 @@ class TestReplaced:
         with pytest.raises(KeyError), replaced(model, {name: torch.zeros_like(before), "nowhere": torch.zeros(1)}):
             pass
         assert torch.equal(model.get_parameter(name), before)
-
-
-def test_renamed_to_another_load_of_the_model(model):
-    headless = model.base_model
-    with_head = SplitDecoder(model, (1, 2), "all")
-    without = SplitDecoder(headless, (1, 2), "all")
-    assert without.stack_name == with_head.stack_name.partition(".")[2]
-    renamed = renamed_to(model, without.stack_name, without.masters())
-    assert tuple(renamed) == with_head.parameter_names
-    assert tuple(renamed_to(headless, with_head.stack_name, with_head.masters())) == without.parameter_names

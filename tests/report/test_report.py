@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_robustness import attacked
 
 from falcon_unlearn.artifacts import (
     LayerScore,
@@ -445,7 +446,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         build_report(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "scores/after.jsonl", "training.jsonl", "patch/patch.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "attacks.json", "scores/after.jsonl", "training.jsonl", "patch/patch.json"]
+)
 @pytest.mark.parametrize("content", ['{"before": ', "[1]", "\xff"])
 def test_a_damaged_file_is_one_clear_line(run, name, content):
     (run / name).write_bytes(content.encode("latin-1"))
@@ -594,3 +597,85 @@ def test_no_steps_no_drawing():
     drawing = figures.losses([one])
     assert drawing is not None
     assert html.escape("forget 1 to 1") in drawing
+
+
+# suites and attacks
+
+SUITE = {
+    "suite": "tofu",
+    "metrics": {
+        "forget_quality": {"value": 0.52, "low": None, "high": None, "n": 400, "unscorable": 0},
+        "model_utility": {"value": 0.6, "low": 0.55, "high": 0.65, "n": 400, "unscorable": 0},
+        "retain_rouge": {"value": None, "low": None, "high": None, "n": 0, "unscorable": 3},
+    },
+    "statements": ["Forget & retain <b>differ</b>."],
+    "settings": {},
+}
+
+
+def with_suites(run, **models):
+    content = json.loads((run / "metrics.json").read_text())
+    for model, suites in models.items():
+        content[model]["suites"] = suites
+    (run / "metrics.json").write_text(json.dumps(content))
+    return Page(build_report(run))
+
+
+def test_suites_have_a_section_with_every_number_of_every_model(run):
+    other = {**SUITE, "metrics": {"forget_quality": SUITE["metrics"]["forget_quality"]}, "statements": ["Not this."]}
+    page = with_suites(run, before={"tofu": other}, after={"tofu": SUITE, "muse": other}, oracle={})
+    assert ("section", {"id": "suites", "aria-labelledby": "suites-title"}) in page.elements
+    assert ("a", {"href": "#suites"}) in page.elements
+    text = page.text
+    assert "forget quality 0.52 0.52 –" in text
+    assert "model utility – 0.60 0.55 … 0.65 –" in text
+    assert "retain rouge – – –" in text
+    assert "Forget & retain <b>differ</b>." in text  # as text, never as markup
+    assert text.index("tofu") < text.index("muse")
+    assert text.count("Not this.") == 1  # of the model after unlearning alone
+
+
+def test_without_suites_and_attacks_there_is_no_such_section(whole):
+    assert 'id="suites"' not in whole
+    assert 'id="attacks"' not in whole
+    assert "This report covers no such attack" in whole
+
+
+def test_attacks_have_a_section_the_strongest_first_and_the_limits_follow(run):
+    (run / "attacks.json").write_text(json.dumps({"attacks": [attacked("prune", 0.2), attacked("relearn", 0.6)]}))
+    page = Page(build_report(run))
+    assert ("section", {"id": "attacks", "aria-labelledby": "attacks-title"}) in page.elements
+    text = page.text
+    assert "Strongest recovery: 60 % (40 … 80) by relearn (the oracle under the same attack: 5 %" in text
+    assert "strongest recovery under attack 60 % (40 … 80) by relearn" in text
+    section = text[text.index("Strongest recovery") :]
+    assert section.index("relearn") < section.index("prune 20 %")
+    assert "7 scored" in text
+    assert "covers no such attack" not in text
+    assert "others, or stronger ones, may bring back more" in text
+    assert page.all("figcaption")
+
+
+def test_hostile_words_of_an_attack_stay_text(run):
+    spoilt = attacked("relearn", 0.6)
+    spoilt["models"]["unlearned"].update(
+        status="out of time", reason="<script>alert(1)</script>", notes=["<img src=x>"]
+    )
+    (run / "attacks.json").write_text(json.dumps({"attacks": [spoilt]}))
+    page = Page(build_report(run))
+    assert not page.all("script")
+    assert "relearn on the unlearned model: out of time (<script>alert(1)</script>)" in page.text
+    assert "<img src=x>" in page.text
+
+
+def test_attacks_without_any_number_make_a_page(run):
+    nothing = attacked("relearn", None)
+    for model in nothing["models"].values():
+        model.update(accuracy=None, probability=None, status="out of memory", reason="lower the batch size")
+    nothing.update(recovery={}, oracle={})
+    (run / "attacks.json").write_text(json.dumps({"attacks": [nothing], "worst": None}))
+    text = Page(build_report(run)).text
+    assert "Strongest recovery" not in text
+    assert "out of memory (lower the batch size)" in text
+    (run / "attacks.json").write_text(json.dumps({"attacks": [], "worst": None}))
+    assert "Strongest recovery" not in build_report(run)

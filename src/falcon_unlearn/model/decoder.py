@@ -301,12 +301,3 @@ def replaced(model: PreTrainedModel, masters: Mapping[str, Tensor]) -> Iterator[
     finally:
         for name, value in kept.items():
             parameters[name].data = value
-
-
-def renamed_to(model: PreTrainedModel, stack_name: str, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate names under ``stack_name`` to those of another load of the same model (with or without head)."""
-    name, _ = find_layers(model)
-    return {
-        name + key.removeprefix(stack_name) if key.startswith(f"{stack_name}.") else key: value
-        for key, value in masters.items()
-    }

@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from scipy.stats import ttest_rel
 
 from falcon_unlearn.artifacts import write_bytes, write_json
+from falcon_unlearn.attacks.battery import ATTACKS
 from falcon_unlearn.report.pareto import Point, pareto_figure
 
 SIGNIFICANCE = 0.05
@@ -33,6 +34,11 @@ class Measure:
     won: bool = False
 
 
+def recovered_key(attack: str) -> str:
+    """Key of the accuracy under an attack, on records the attacker does not have."""
+    return f"recovered {attack}"
+
+
 MEASURES = (
     Measure("score", "S", won=True),
     Measure("forget_probability", "forget prob"),
@@ -41,6 +47,7 @@ MEASURES = (
     Measure("forget_rouge", "forget ROUGE-L"),
     Measure("model_utility", "utility"),
     Measure("kept", "kept", won=True),
+    *(Measure(recovered_key(name), f"{name} acc") for name in ATTACKS),
     Measure("training_seconds", "train s", 1),
     Measure("peak_memory_mb", "peak MB", 0),
 )
@@ -184,6 +191,13 @@ def notes_of(comparison: Comparison) -> list[str]:
             "p < .05, at least three seeds. Where nothing is bold, the best value is not a finding."
         ),
     ]
+    if noise := _within_noise(comparison.rows):
+        notes.append(noise)
+    if any(row.present(recovered_key(name)) for row in comparison.rows for name in ATTACKS):
+        notes.append(
+            "Columns named after an attack: accuracy under it on forget records the attacker does not have; before is "
+            "the original model, oracle what one that never knew gives under the same attack."
+        )
     if comparison.trials:
         notes.append(
             f"Each searched row was given {comparison.trials} trials, judged on {comparison.validation_share:.0%} of "
@@ -199,6 +213,18 @@ def notes_of(comparison: Comparison) -> list[str]:
             chosen = ", ".join(f"{key} {brief(value)}" for key, value in row.parameters.items())
             notes.append(f"{row.name}: {chosen} (validation S {row.validation_score:.3f})")
     return notes
+
+
+def _within_noise(rows: Sequence[Row]) -> str:
+    """Which rows' S cannot be told from the best one's; empty with fewer than three seeds or a single row."""
+    ours = [row for row in rows if not row.reference and len(row.present("score")) >= 3]
+    if len(ours) < 2:
+        return ""
+    best, *others = sorted(ours, key=lambda row: -row.mean("score"))
+    alike = [row.name for row in others if not beats(best.values["score"], row.values["score"])]
+    if not alike:
+        return f"S of {best.name} is above every other row's beyond the noise (each against it alone)."
+    return f"Within the noise of the best S ({best.name}), each tested against it alone: {', '.join(alike)}."
 
 
 def comparison_table(comparison: Comparison) -> str:

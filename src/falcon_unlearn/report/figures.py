@@ -32,9 +32,9 @@ _COLORS = {
     "#e8e8e8": "var(--band, #e8e8e8)",
 }
 _MAX_LABEL = 24
-_METADATA = ("Date", "Creator", "Format", "Type")
-_TEXT, _RULE, _BAND = "#767676", "#d0d0d0", "#e8e8e8"
-_STYLES: dict[Role, tuple[str, str, str]] = {
+METADATA = ("Date", "Creator", "Format", "Type")
+TEXT, RULE, _BAND = "#767676", "#d0d0d0", "#e8e8e8"
+STYLES: dict[Role, tuple[str, str, str]] = {
     "retain": ("#0072b2", "s", "--"),
     "forget": ("#d55e00", "^", "-."),
     "score": ("#009e73", "o", "-"),
@@ -43,7 +43,7 @@ _STYLES: dict[Role, tuple[str, str, str]] = {
 
 
 @dataclass(frozen=True)
-class _Curve:
+class Curve:
     """One line of a panel; NaN leaves a gap. The role gives colour, marker and dash."""
 
     label: str
@@ -52,21 +52,22 @@ class _Curve:
 
     @property
     def is_drawable(self) -> bool:
+        """Whether there is any number."""
         return any(math.isfinite(value) for value in self.y)
 
 
 @dataclass(frozen=True)
-class _Panel:
+class Panel:
     """One pair of axes; ``limits`` of None follow the data, ``zero`` draws the line y = 0."""
 
     label: str
-    curves: Sequence[_Curve]
+    curves: Sequence[Curve]
     limits: tuple[float, float] | None = None
     zero: bool = False
 
 
 @dataclass(frozen=True)
-class _Chart:
+class Chart:
     """Panels above each other on one x axis.
 
     Attributes:
@@ -79,7 +80,7 @@ class _Chart:
     alt: str
     x: Sequence[float]
     x_label: str
-    panels: Sequence[_Panel]
+    panels: Sequence[Panel]
     bands: Sequence[int] = ()
     height: float = 3.0
     plain: bool = False
@@ -92,9 +93,9 @@ def layer_scores(selection: LayerSelection) -> str | None:
         return None
     parts = {name: None for score in scores for name in score.details}
     roles: dict[str, Role] = {"forget_left": "forget", "retain_kept": "retain"}
-    curves = [_Curve("score", [s.score for s in scores], "score")]
+    curves = [Curve("score", [s.score for s in scores], "score")]
     curves += [
-        _Curve(
+        Curve(
             part.replace("_", " ")[:_MAX_LABEL],
             [s.details.get(part, math.nan) for s in scores],
             roles.get(part, "null"),
@@ -102,14 +103,14 @@ def layer_scores(selection: LayerSelection) -> str | None:
         for part in parts
     ]
     best = max((s for s in scores if math.isfinite(s.score)), key=lambda s: s.score)
-    return _draw(
-        _Chart(
+    return draw(
+        Chart(
             "layers",
             f"Selection score of {len(scores)} layers: highest at layer {best.layer} ({best.score:.2f}). "
             + _trained(selection.layers),
             [s.layer for s in scores],
             "layer",
-            [_Panel("trial score", curves, zero=True)],
+            [Panel("trial score", curves, zero=True)],
             bands=selection.layers,
         )
     )
@@ -120,19 +121,19 @@ def mutual_information(curve: MutualInformationCurve, trained: Sequence[int]) ->
     if not any(math.isfinite(value) for value in curve.value):
         return None
     curves = [
-        _Curve("estimate", curve.value, "score"),
-        _Curve("null: retain data", curve.null_retain, "retain"),
-        _Curve("null: shuffled", curve.null_permutation, "null"),
+        Curve("estimate", curve.value, "score"),
+        Curve("null: retain data", curve.null_retain, "retain"),
+        Curve("null: shuffled", curve.null_permutation, "null"),
     ]
     low = min((value, layer) for value, layer in zip(curve.value, curve.layers, strict=True) if math.isfinite(value))
-    return _draw(
-        _Chart(
+    return draw(
+        Chart(
             "information",
             f"Estimated mutual information of {len(curve.layers)} layers with two nulls: lowest at layer {low[1]} "
             f"({low[0]:.1f} nats). " + _trained(trained),
             curve.layers,
             "layer",
-            [_Panel("nats", curves)],
+            [Panel("nats", curves)],
             bands=trained,
         )
     )
@@ -142,8 +143,8 @@ def losses(steps: Sequence[StepRecord]) -> str | None:
     """Forget and retain loss over steps, each on its own scale; None without any number."""
     thin = _thinned(steps)
     panels = [
-        _Panel("forget loss", [_Curve("forget loss", [s.forget_loss for s in thin], "forget")]),
-        _Panel("retain loss", [_Curve("retain loss", [s.retain_loss for s in thin], "retain")]),
+        Panel("forget loss", [Curve("forget loss", [s.forget_loss for s in thin], "forget")]),
+        Panel("retain loss", [Curve("retain loss", [s.retain_loss for s in thin], "retain")]),
     ]
     first, last = (steps[0], steps[-1]) if steps else (None, None)
     alt = (
@@ -152,20 +153,20 @@ def losses(steps: Sequence[StepRecord]) -> str | None:
         if first and last
         else ""
     )
-    return _draw(_Chart("losses", alt, [s.step for s in thin], "step", panels, height=3.4, plain=True))
+    return draw(Chart("losses", alt, [s.step for s in thin], "step", panels, height=3.4, plain=True))
 
 
 def gradient_conflict(steps: Sequence[StepRecord]) -> str | None:
     """Cosine of forget and retain gradient, and the share of tensors in conflict, over steps; None without any."""
     thin = _thinned(steps)
     panels = [
-        _Panel("cosine", [_Curve("cosine", [s.cosine for s in thin], "score")], zero=True),
-        _Panel("conflicts", [_Curve("share in conflict", [s.conflicts for s in thin], "null")], limits=(-0.04, 1.04)),
+        Panel("cosine", [Curve("cosine", [s.cosine for s in thin], "score")], zero=True),
+        Panel("conflicts", [Curve("share in conflict", [s.conflicts for s in thin], "null")], limits=(-0.04, 1.04)),
     ]
     known = [s.conflicts for s in steps if math.isfinite(s.conflicts)]
     mean = f" On average {sum(known) / len(known):.0%} of the tensors were in conflict." if known else ""
     alt = f"Cosine of forget and retain gradients and share of tensors in conflict over {len(steps)} steps.{mean}"
-    return _draw(_Chart("conflict", alt, [s.step for s in thin], "step", panels, height=3.4, plain=True))
+    return draw(Chart("conflict", alt, [s.step for s in thin], "step", panels, height=3.4, plain=True))
 
 
 def points_per_mean(steps: int) -> int:
@@ -201,7 +202,8 @@ def _thinned(steps: Sequence[StepRecord]) -> list[StepRecord]:
     ]
 
 
-def _draw(chart: _Chart) -> str | None:
+def draw(chart: Chart) -> str | None:
+    """The chart as inline SVG in the page's colours; None without any number."""
     panels = [panel for panel in chart.panels if any(curve.is_drawable for curve in panel.curves)]
     if not panels:
         return None
@@ -212,41 +214,41 @@ def _draw(chart: _Chart) -> str | None:
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for panel, ax in zip(panels, axes, strict=True):
             _draw_panel(chart, panel, ax)
-        axes[-1].set_xlabel(chart.x_label, color=_TEXT)
+        axes[-1].set_xlabel(chart.x_label, color=TEXT)
         figure.align_ylabels(axes)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
-    return _inline(buffer.getvalue(), chart.alt)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(METADATA))
+    return inline(buffer.getvalue(), chart.alt)
 
 
-def _draw_panel(chart: _Chart, panel: _Panel, ax: Axes) -> None:
+def _draw_panel(chart: Chart, panel: Panel, ax: Axes) -> None:
     for layer in chart.bands:
         ax.axvspan(layer - 0.3, layer + 0.3, color=_BAND, lw=0)
     if panel.zero:
-        ax.axhline(0, color=_RULE, lw=1)
+        ax.axhline(0, color=RULE, lw=1)
     for curve in panel.curves:
         if curve.is_drawable:
-            color, marker, dash = _STYLES[curve.role]
+            color, marker, dash = STYLES[curve.role]
             if chart.plain:
                 marker, dash = "" if len(curve.y) > 1 else "o", "-"
             ax.plot(chart.x, curve.y, color=color, ls=dash, marker=marker, lw=1.5, ms=4, label=curve.label)
-    ax.set_ylabel(panel.label, color=_TEXT)
+    ax.set_ylabel(panel.label, color=TEXT)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
     if panel.limits is not None:
         ax.set_ylim(*panel.limits)
-    ax.grid(axis="y", color=_RULE, lw=0.5)
+    ax.grid(axis="y", color=RULE, lw=0.5)
     ax.set_axisbelow(True)
-    ax.tick_params(colors=_TEXT, length=0)
+    ax.tick_params(colors=TEXT, length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.spines["bottom"].set_color(_RULE)
+    ax.spines["bottom"].set_color(RULE)
     if not chart.plain:
         ax.legend(
             loc="lower left",
             bbox_to_anchor=(0, 1),
             ncols=3,
             frameon=False,
-            labelcolor=_TEXT,
+            labelcolor=TEXT,
             borderaxespad=0.2,
             columnspacing=1,
             handletextpad=0.5,
@@ -254,7 +256,7 @@ def _draw_panel(chart: _Chart, panel: _Panel, ax: Axes) -> None:
         )
 
 
-def _inline(svg: str, alt: str) -> str:
+def inline(svg: str, alt: str) -> str:
     """Cut a standalone SVG down to what belongs into a page: no prologue, no foreign style, no ids but used ones."""
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box is not None

@@ -25,7 +25,7 @@ from falcon_unlearn.artifacts import (
     write_bytes,
 )
 from falcon_unlearn.errors import UserError
-from falcon_unlearn.report import figures
+from falcon_unlearn.report import figures, robustness
 
 REPORT_FILE = "report.html"
 MODELS = ("before", "after", "oracle")
@@ -98,6 +98,7 @@ _PART_MEANINGS = {
 class _Cell:
     text: str
     bar: float | None = None
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,13 @@ class _SampleSet:
     wanted: int
 
 
+@dataclass(frozen=True)
+class _SuiteTable:
+    name: str
+    rows: Sequence[tuple[str, Sequence[robustness.Shown]]]
+    statements: Sequence[str]
+
+
 def build_report(run: Path, *, samples: int = 12) -> str:
     """Render a run folder as HTML.
 
@@ -163,18 +171,21 @@ def build_report(run: Path, *, samples: int = 12) -> str:
     steps = _steps(run / "training.jsonl")
     scores = {name: rows for name in MODELS if (rows := _read_lines(run / "scores" / f"{name}.jsonl")) is not None}
     recipe = _read_text(run / "recipe.yaml")
+    attacked = _read_object(run / "attacks.json")
     provenance = _read_object(run / "provenance.json")
     shown_models = [name for name in MODELS if metrics and metrics.get(name)]
     page = {
         "name": run.resolve().name,
-        "verdict": verdict(metrics) if metrics else None,
+        "verdict": verdict(metrics, attacked) if metrics else None,
         "subject": _subject(provenance, selection),
         "models": shown_models,
         "forget_rows": [_row(measure, metrics or {}, shown_models) for measure in _FORGET_MEASURES],
         "utility_row": _row(_UTILITY, metrics or {}, shown_models),
         "part_rows": _part_rows(metrics or {}, shown_models),
         "unscorable": _unscorable(metrics or {}, shown_models),
-        "limits": _limits(metrics, selection, scores, recipe),
+        "suites": _suites(metrics or {}, shown_models),
+        "attacks": _attacks(attacked),
+        "limits": _limits(metrics, selection, scores, recipe, attacked=attacked is not None),
         "score_models": list(scores),
         "sets": _sample_sets(scores, samples),
         "max_characters": MAX_CHARACTERS,
@@ -206,11 +217,12 @@ def write_report(run: Path, *, samples: int = 12) -> Path:
     return path
 
 
-def verdict(metrics: Mapping[str, Any]) -> str:
+def verdict(metrics: Mapping[str, Any], attacked: Mapping[str, Any] | None = None) -> str:
     """The outcome in one sentence of numbers.
 
     Args:
         metrics: content of ``metrics.json``.
+        attacked: content of ``attacks.json``.
     """
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
     if not before and not after:
@@ -230,6 +242,9 @@ def verdict(metrics: Mapping[str, Any]) -> str:
         parts.append(f"forget quality p = {quality}")
     elif not metrics.get("oracle"):
         parts.append("forget quality needs an oracle, and this run has none")
+    worst = robustness.worst_recovery(attacked["attacks"]) if attacked else None
+    if worst is not None:
+        parts.append(f"strongest recovery under attack {worst}")
     sentence = "; ".join(parts) or "no measure has a number"
     return f"{sentence[:1].upper()}{sentence[1:]}."
 
@@ -335,7 +350,8 @@ def _row(measure: _Measure, metrics: Mapping[str, Any], models: Sequence[str]) -
             text = _p_value(value, metrics[model].get("log10_forget_quality"))
         else:
             text = _number(value, measure.digits)
-        cells.append(_Cell(text, min(max(value, 0), 1) * 100 if measure.bar and _is_number(value) else None))
+        bar = min(max(value, 0), 1) * 100 if measure.bar and _is_number(value) else None
+        cells.append(_Cell(text, bar, _interval(metrics[model], measure.key)))
     return _Row(measure.label, measure.better, measure.meaning, cells)
 
 
@@ -345,9 +361,47 @@ def _part_rows(metrics: Mapping[str, Any], models: Sequence[str]) -> list[_Row]:
     for part in parts:
         ending = next((end for end in _PART_MEANINGS if part.endswith(f"_{end}")), None)
         label = f"{part.removesuffix(f'_{ending}')}: {_PART_MEANINGS[ending]}" if ending else part
-        values = [(metrics[model].get("utility_parts") or {}).get(part) for model in models]
-        rows.append(_Row(label, "higher", "", [_Cell(_number(value, 3)) for value in values]))
+        cells = [
+            _Cell(
+                _number((metrics[model].get("utility_parts") or {}).get(part), 3), None, _interval(metrics[model], part)
+            )
+            for model in models
+        ]
+        rows.append(_Row(label, "higher", "", cells))
     return rows
+
+
+def _interval(metrics: Mapping[str, Any], key: str) -> str:
+    bounds = (metrics.get("intervals") or {}).get(key)
+    return f"{_number(bounds[0], 2)} … {_number(bounds[1], 2)}" if bounds else ""
+
+
+def _suites(metrics: Mapping[str, Any], models: Sequence[str]) -> list[_SuiteTable]:
+    names = {name: None for model in models for name in metrics[model].get("suites") or {}}
+    tables = []
+    for name in names:
+        results = [(metrics[model].get("suites") or {}).get(name) for model in models]
+        keys = {key: None for result in results if result for key in result["metrics"]}
+        rows = [
+            (key, [robustness.shown((result or {}).get("metrics", {}).get(key)) for result in results]) for key in keys
+        ]
+        after = metrics.get("after") or {}
+        tables.append(_SuiteTable(name, rows, ((after.get("suites") or {}).get(name) or {}).get("statements") or ()))
+    return tables
+
+
+def _attacks(content: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if content is None:
+        return None
+    results = content["attacks"]
+    return {
+        "rows": robustness.attack_rows(results),
+        "worst": robustness.worst_recovery(results),
+        "incomplete": robustness.incomplete(results),
+        "scored": _listed(sorted({result["scored"] for result in results})),
+        "notes": robustness.attack_notes(results),
+        "figures": [(_present(figure)[0], caption) for figure, caption in robustness.attack_figures(results)],
+    }
 
 
 def _unscorable(metrics: Mapping[str, Any], models: Sequence[str]) -> str:
@@ -360,6 +414,8 @@ def _limits(
     selection: LayerSelection | None,
     scores: Mapping[str, Sequence[Mapping[str, Any]]],
     recipe: str | None,
+    *,
+    attacked: bool,
 ) -> list[str]:
     after = (metrics or {}).get("after") or {}
     if metrics and not after:
@@ -368,7 +424,9 @@ def _limits(
     if metrics and not _is_number(after.get("forget_accuracy_heldout")):
         limits.append("No held-out phrasing was scored: whether other wordings bring the answers out is not measured.")
     limits.append(
-        "Forgotten knowledge may come back by finetuning on a little of it (relearning), by quantisation or by "
+        "The attacks are those in the table, with their settings: others, or stronger ones, may bring back more."
+        if attacked
+        else "Forgotten knowledge may come back by finetuning on a little of it (relearning), by quantisation or by "
         "adversarial prompts. This report covers no such attack."
     )
     if metrics and not metrics.get("oracle"):

@@ -13,7 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_TEXT, _RULE, _MARK, _FRONT, _REFERENCE = "#767676", "#d0d0d0", "#0072b2", "#d55e00", "#767676"
+TEXT, RULE, _MARK, _FRONT, _REFERENCE = "#767676", "#d0d0d0", "#0072b2", "#d55e00", "#767676"
 _MAX_NAME = 28
 _INCHES_PER_NAME = 0.17
 
@@ -73,13 +73,13 @@ def pareto_figure(points: Sequence[Point]) -> str | None:
         )
         for point in shown:
             _draw_point(ax, point, on_front=point in front)
-        ax.set_xlabel("leak: (forget probability + forget accuracy) / 2, less is better", color=_TEXT)
-        ax.set_ylabel("share of model utility kept", color=_TEXT)
-        ax.grid(color=_RULE, lw=0.5)
+        ax.set_xlabel("leak: (forget probability + forget accuracy) / 2, less is better", color=TEXT)
+        ax.set_ylabel("share of model utility kept", color=TEXT)
+        ax.grid(color=RULE, lw=0.5)
         ax.set_axisbelow(True)
-        ax.tick_params(colors=_TEXT, length=0)
+        ax.tick_params(colors=TEXT, length=0)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(_RULE)
+        ax.spines[["left", "bottom"]].set_color(RULE)
         _draw_names(ax, shown)
         buffer = io.StringIO()
         figure.savefig(
@@ -118,10 +118,10 @@ def _draw_names(ax: Axes, points: Sequence[Point]) -> None:
             xytext=(1.03, low + place * gap),
             textcoords=ax.get_yaxis_transform(),
             va="center",
-            color=_TEXT,
+            color=TEXT,
             fontsize=9,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": _RULE, "lw": 0.6, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": RULE, "lw": 0.6, "shrinkA": 0, "shrinkB": 3},
         )
 
 

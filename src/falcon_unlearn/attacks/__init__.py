@@ -1,0 +1,1 @@
+"""Knowledge-recovery attacks: what an unlearned model gives away under pressure, measured as routinely as a metric."""
