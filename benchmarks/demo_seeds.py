@@ -42,10 +42,12 @@ def run_seed(seed: int, out: Path) -> dict[str, float]:
     subprocess.run([*command, "--overwrite"], check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - began
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    selection = json.loads((folder / "layer_selection.json").read_text(encoding="utf-8"))
     row = {label: metrics[model][key] for label, model, key in COLUMNS}
     row["kept"] = metrics["after"]["model_utility"] / metrics["before"]["model_utility"]
-    row["layer"] = selection["target_layer"]
+    row["S"] = row["kept"] - (row["prob"] + row["acc"]) / 2
+    for label, attack in (("relearn", "relearn"), ("lens", "logit-lens"), ("int8", "quantize")):
+        row[label] = metrics["after"]["attacks"][attack]["recovered_accuracy"]
+        row[f"{label} or."] = metrics["oracle"]["attacks"][attack]["recovered_accuracy"]
     row["seconds"] = seconds
     return row
 

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import harness
@@ -27,8 +29,10 @@ from torch import Tensor
 from falcon_unlearn.corpus.batching import Encoded, collate
 from falcon_unlearn.engine.optimizers import build_optimizer
 from falcon_unlearn.engine.trainer import TrainingConfig, TrainingData, train
-from falcon_unlearn.evaluation.scoring import answer_log_probabilities
-from falcon_unlearn.methods import Falcon, FalconConfig, Setup
+from falcon_unlearn.estimate import estimate_run
+from falcon_unlearn.evaluation.log_probabilities import answer_log_probabilities
+from falcon_unlearn.methods import Falcon, FalconConfig, Setup, WholeModel, WholeSetup, entry_of
+from falcon_unlearn.model.activation_cache import record_key
 from falcon_unlearn.model.cost import (
     EXTRA_FLOPS,
     BatchShape,
@@ -41,17 +45,26 @@ from falcon_unlearn.model.cost import (
 )
 from falcon_unlearn.model.decoder import SplitDecoder
 from falcon_unlearn.objectives.representation import cosine_retention, info_nce
+from falcon_unlearn.recipe import recipe_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from falcon_unlearn.recipe import Recipe
+
 STEPS = 3
 TRAINING = TrainingConfig(steps=STEPS)
+STAND_INS = {"name": "falcon", "preset": "default"}
+ALL_TERMS = {**STAND_INS, "stand_in": {"retain": "kl", "npo_weight": 1.0, "distillation_weight": 1.0}}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model's shape, and a batch; ``layers`` are trained, none for scoring."""
+    """A model's shape, and a batch; ``layers`` are trained, none for scoring.
+
+    ``whole`` is a recipe's method on the whole model, with the parameters that its preset trains, on records that
+    ``--estimate`` assumes where there are none.
+    """
 
     name: str
     architecture: str
@@ -62,6 +75,7 @@ class Case:
     modules: str = "mlp"
     ragged: bool = True
     optimizer: str = "adamw"
+    whole: Mapping[str, Any] | None = None
 
 
 def _llama(hidden: int, layers: int, mlp: int, words: int, kv: int = 0) -> dict[str, Any]:
@@ -86,6 +100,7 @@ QUICK = [
     Case("llama 512 x 12, layer 5", "llama", _llama(512, 12, 2048, 8000), 4, 256, (5,)),
     Case("gemma3 512, large vocabulary", "gemma3_text", _llama(512, 8, 2048, 128_000, 2), 4, 128, (3,)),
     Case("score: llama 512 x 8", "llama", _llama(512, 8, 2048, 32_000), 8, 128),
+    Case("whole: llama 512 x 8, stand-ins", "llama", _llama(512, 8, 2048, 16_000), 8, 128, whole=STAND_INS),
 ]
 SMALL = [
     *QUICK,
@@ -98,12 +113,15 @@ SMALL = [
     Case("mixtral 512, 4 experts", "mixtral", {**_llama(512, 6, 1024, 8000), "num_local_experts": 4}, 8, 128, (3,)),
     Case("score: gpt2 768 x 12", "gpt2", _gpt2(768, 12, 50_257), 8, 128),
     Case("score: gemma3, large vocabulary", "gemma3_text", _llama(512, 8, 2048, 128_000, 2), 4, 128),
+    Case("whole: gpt2 512 x 8, stand-ins, all terms", "gpt2", _gpt2(512, 8, 50_257), 8, 128, whole=ALL_TERMS),
+    Case("whole: llama 512 x 8, NPO", "llama", _llama(512, 8, 2048, 16_000), 8, 128, whole={"name": "npo"}),
 ]
 LARGE = [
     Case("7B, layers 5-7, 4 x 512", "mistral", {"vocab_size": 32_000}, 4, 512, (5, 6, 7), "down_proj"),
     Case("7B, layers 5-7 mlp, unpadded", "mistral", {"vocab_size": 32_000}, 4, 512, (5, 6, 7), ragged=False),
     Case("1B, layer 7, 16 x 256", "llama", _llama(2048, 16, 8192, 128_000, 8), 16, 256, (7,)),
     Case("score: 1B", "llama", _llama(2048, 16, 8192, 128_000, 8), 32, 128),
+    Case("whole: 1B, stand-ins", "llama", _llama(2048, 16, 8192, 128_000, 8), 16, 256, whole=STAND_INS),
 ]
 
 
@@ -155,6 +173,9 @@ def run(case: Case, device: str) -> None:
     """The real work."""
     torch.manual_seed(0)
     model = _model(case, device)
+    if case.whole is not None:
+        _run_whole(case, model, device)
+        return
     if not case.layers:
         answer_log_probabilities(model, _records(case, 0), 0, case.batch, device)
         return
@@ -165,11 +186,44 @@ def run(case: Case, device: str) -> None:
     train(method, masters, data, _training(case), seed=0, hidden_size=decoder.hidden_size)
 
 
+def _recipe(case: Case, folder: str, device: str) -> Recipe:
+    training = {"steps": STEPS, "batch_size": case.batch, "optimizer": {"lr": 1e-4}}
+    return recipe_from(
+        {
+            "model": folder,
+            "corpus": {"forget": {"source": "none"}, "retain": {"source": "none"}, "max_length": case.length},
+            "method": dict(case.whole or {}),
+            "training": training,
+            "evaluation": {"enabled": False, "max_records": STEPS * case.batch},
+            "device": device,
+            "dtype": str(_dtype(device)).removeprefix("torch."),
+            "output": f"{folder}/run",
+        }
+    )
+
+
+def _run_whole(case: Case, model: PreTrainedModel, device: str) -> None:
+    recipe = _recipe(case, "none", device)
+    length, count = case.length, STEPS * case.batch
+    records = [Encoded((*range(length - 1), i), length // 2) for i in range(count)]
+    data = TrainingData({"forget": records}, {"retain": records}, 0, torch.device(device))
+    whole = WholeModel(model)
+    alternatives = {record_key(record): (record,) for record in records}
+    batches = data.first_batches(case.batch)
+    setup = WholeSetup(whole, batches, alternatives, recipe.corpus.loss_mask or "answer", 0, recipe.seed)
+    masters = whole.masters()
+    method = entry_of(recipe.method).build(recipe.method, setup)
+    if not method.keeps_reference:
+        whole.release()
+    train(method, masters, data, recipe.training, seed=recipe.seed, hidden_size=whole.hidden_size)
+
+
 def prepare(device: str) -> None:
     """Imports and the first use of every kernel, which are no part of the prediction."""
     case = Case("tiny", "llama", _llama(64, 2, 64, 1000), 2, 16, (1,))
     run(case, device)
     run(Case("tiny", "llama", _llama(64, 2, 64, 1000), 2, 16), device)
+    run(Case("tiny", "llama", _llama(64, 2, 64, 1000), 2, 16, whole=ALL_TERMS), device)
 
 
 def measured_flops(case: Case, device: str) -> int:
@@ -196,6 +250,11 @@ def _shapes(case: Case) -> list[tuple[BatchShape, BatchShape]]:
 
 def predicted(case: Case, device: str) -> tuple[int, int]:
     """Peak bytes and FLOPs, from the config and the shapes."""
+    if case.whole is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(_config(case).to_json_string(), encoding="utf-8")
+            stages = estimate_run(_recipe(case, folder, device)).stages
+        return next((s.peak_bytes, s.flops) for s in stages if s.stage == "training")
     if not case.layers:
         return _predicted_scoring(case, device)
     model = blueprint(_config(case), _dtype(device), layers=case.layers[-1] + 1)
@@ -232,11 +291,10 @@ def _predicted_scoring(case: Case, device: str) -> tuple[int, int]:
     for indices in length_sorted_batches(records, case.batch):
         batch = collate([records[i] for i in indices], 0)
         length = batch.input_ids.shape[1]
-        positions = length - min(records[i].answer_start for i in indices) + 1
         answers = int(batch.answer_mask.sum())
         shape = BatchShape(len(indices), length, answers, not bool(batch.attention_mask.all()))
-        peak = max(peak, scoring_peak(model, shape, positions=positions))
-        total += len(indices) * (flops(length) + head * positions)
+        peak = max(peak, scoring_peak(model, shape))
+        total += len(indices) * flops(length) + head * answers
     return peak, total
 
 

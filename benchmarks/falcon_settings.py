@@ -52,7 +52,8 @@ def run(seed: int, layer: int, overrides: list[str], inputs: Path) -> dict[str, 
     """One run at a given layer."""
     with tempfile.TemporaryDirectory() as out:
         raw = apply_overrides(
-            embedded.demo_recipe(Path(out), inputs, seed), [f"selection.layers=[{layer}]", *overrides]
+            embedded.demo_recipe(Path(out), inputs, seed),
+            ["method.preset=layer", "attacks={}", f"selection.layers=[{layer}]", *overrides],
         )
         metrics = run_recipe(recipe_from(raw)).metrics
     before, after = metrics["before"], metrics["after"]

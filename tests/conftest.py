@@ -134,7 +134,7 @@ def tiny_recipe(tiny):
         "model": str(tiny.model),
         "corpus": {"forget": {"source": str(tiny.forget)}, "retain": {"source": str(tiny.retain)}},
         "selection": {"layers": [1]},
-        "method": {"name": "falcon"},
+        "method": {"name": "falcon", "preset": "layer"},
         "training": {"steps": 12, "batch_size": 8, "checkpoint_every": 4, "optimizer": {"lr": 1e-2}},
         "evaluation": {"max_new_tokens": 12},
         "device": "cpu",
@@ -142,7 +142,9 @@ def tiny_recipe(tiny):
     }
 
     def build(changes, output):
-        return merged({**base, "output": str(output)}, changes)
+        method = changes.get("method")
+        another = isinstance(method, dict) and method.get("name", "falcon") != "falcon"
+        return merged({**base, "output": str(output), **({"method": {}} if another else {})}, changes)
 
     return build
 

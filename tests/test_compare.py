@@ -37,7 +37,7 @@ GRID = {
     "tuning": {"trials": 2, "seeds": [0, 2], "validation_share": 0.3},
     "cells": {
         "searched": {
-            "method": "falcon",
+            "method": {"name": "falcon", "preset": "layer"},
             "search": {
                 "training.optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True},
                 "training.modules": {"choices": ["mlp", ["down_proj"]]},
@@ -291,7 +291,7 @@ def test_recipes_become_rows_of_their_own_names(tiny_recipe, tmp_path):
     paths = []
     for name, changes in (
         ("a", {}),
-        ("b", {"method": {"name": "rmu"}, "seed": 3}),
+        ("b", {"method": {"name": "rmu", "preset": "default"}, "seed": 3}),
         ("c", {"selection": {"layers": [9]}}),
     ):
         recipe = tiny_recipe(merged({"training": {"steps": 4}}, changes), tmp_path / f"run-{name}")

@@ -18,13 +18,14 @@ from conftest import FORGET_ROWS, RETAIN_ROWS, write_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from falcon_unlearn import pipeline, stages
+from falcon_unlearn import pipeline
 from falcon_unlearn.api import apply_patch, load_recipe, select_layers, unlearn
 from falcon_unlearn.artifacts import read_jsonl
 from falcon_unlearn.corpus.batching import Encoder
 from falcon_unlearn.corpus.records import record_from_row
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.scoring import score_set
+from falcon_unlearn.methods import METHODS
 from falcon_unlearn.model.shards import tensor_spans
 
 RUN_FILES = {
@@ -372,13 +373,13 @@ def test_duplicates_overlap_and_long_records_are_counted(recipe_for, tmp_path):
 
 
 def test_a_diverging_run_stops_with_the_step_and_its_last_good_state(recipe_for, tmp_path, monkeypatch):
-    forget_loss = stages.METHODS["falcon"].build.forget_loss
+    forget_loss = METHODS["falcon"].build.forget_loss
 
     def spoilt(self, step, *rest, **more):
         found = forget_loss(self, step, *rest, **more)
         return found * float("nan") if step == 9 else found
 
-    monkeypatch.setattr(stages.METHODS["falcon"].build, "forget_loss", spoilt)
+    monkeypatch.setattr(METHODS["falcon"].build, "forget_loss", spoilt)
     with pytest.raises(UserError, match=r"step 9: forget_loss .* not finite; the last good state is in"):
         unlearn(recipe_for())
     monkeypatch.undo()
@@ -711,14 +712,14 @@ def test_a_cache_on_disk_gives_the_weights_of_one_in_memory(recipe_for, tmp_path
 def test_a_resumed_run_uses_a_cache_file_only_if_it_is_whole(recipe_for, tmp_path, monkeypatch, capsys, damage):
     recipe = lean(recipe_for, tmp_path, "run", training={"steps": 12, "cache": "always", "cache_gb": 0})
     expected = unlearn(lean(recipe_for, tmp_path, "whole", training={"steps": 12, "cache": "always", "cache_gb": 0}))
-    forget_loss = stages.METHODS["falcon"].build.forget_loss
+    forget_loss = METHODS["falcon"].build.forget_loss
 
     def stopping(self, step, *rest, **more):
         if step == 7:
             raise KeyboardInterrupt
         return forget_loss(self, step, *rest, **more)
 
-    monkeypatch.setattr(stages.METHODS["falcon"].build, "forget_loss", stopping)
+    monkeypatch.setattr(METHODS["falcon"].build, "forget_loss", stopping)
     with pytest.raises(KeyboardInterrupt):
         unlearn(recipe)
     monkeypatch.undo()

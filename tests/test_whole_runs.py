@@ -8,10 +8,10 @@ import torch
 from conftest import FORGET_ROWS, RETAIN_ROWS, merged, write_lines
 from safetensors.torch import load_file
 
-from falcon_unlearn import stages
 from falcon_unlearn.api import apply_patch, unlearn
 from falcon_unlearn.artifacts import read_jsonl
 from falcon_unlearn.errors import UserError
+from falcon_unlearn.methods import Npo, Scrub
 
 WHOLE = {"selection": {"layers": "all"}, "training": {"optimizer": {"lr": 2e-3}}}
 UNSCORED = {"evaluation": {"enabled": False}}
@@ -68,10 +68,9 @@ def one_loss_a_step(rows, max_steps):
         assert (row["retain_grad_norm"] > 0) is not is_max
 
 
-@pytest.mark.parametrize("method", ["npo", "scrub"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(whole, monkeypatch, method):
+@pytest.mark.parametrize(("method", "build"), [("npo", Npo), ("scrub", Scrub)])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(whole, monkeypatch, method, build):
     expected = unlearn(whole(method, SHORT, name="whole"))
-    build = stages.METHODS[method].build
     retain_loss = build.retain_loss
 
     def stopping(self, step, *rest, **more):
@@ -152,7 +151,7 @@ def one_line(caught):
 
 def test_auto_is_all_for_a_method_on_the_whole_model(whole):
     runs = [unlearn(whole("npo", FEW, {"selection": {"layers": layers}}, name=layers)) for layers in ("auto", "all")]
-    assert runs[0].selection == runs[1].selection
+    assert runs[0].selection.layers == runs[1].selection.layers
     assert patch_of(runs[0]) == patch_of(runs[1])
 
 

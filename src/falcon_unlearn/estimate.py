@@ -6,39 +6,50 @@ one length is assumed for all and said so. Matrix products are counted as in :mo
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from falcon_unlearn.corpus.batching import Batch, Encoded, Encoder, length_sorted_batches
+from falcon_unlearn.corpus.batching import Batch, Encoded, Encoder, LossMask, collate, length_sorted_batches
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import SourceConfig, load_corpus
 from falcon_unlearn.engine.optimizers import build_optimizer
 from falcon_unlearn.engine.trainer import TrainingConfig, TrainingData
 from falcon_unlearn.errors import UserError
+from falcon_unlearn.evaluation.log_probabilities import PrefixTree, planned_passes
 from falcon_unlearn.evaluation.scoring import MAX_TEXT_ANSWER_TOKENS
-from falcon_unlearn.methods import FalconConfig, RmuConfig
+from falcon_unlearn.methods import FalconConfig, RmuConfig, ScrubConfig, WholeModel, WholeSetup, entry_of
+from falcon_unlearn.methods.falcon_whole import aligned
+from falcon_unlearn.methods.whole_model import Pass
+from falcon_unlearn.model.activation_cache import record_key
 from falcon_unlearn.model.cost import (
     BatchShape,
     Objective,
     PerRecord,
     StepMemory,
+    attention_mask,
     blueprint,
     extraction_peak,
     generation_peak,
+    gradients_of,
     head_flops,
     layers_flops,
+    metered,
     scoring_peak,
     shape_of,
     step_flops,
     step_memory,
     tensor_bytes,
+    training_memory,
 )
 from falcon_unlearn.model.decoder import SplitDecoder
 from falcon_unlearn.model.loading import (
@@ -58,6 +69,7 @@ from falcon_unlearn.selection.sweep import spaced_candidates
 from falcon_unlearn.stages import (
     EncodedCorpus,
     activation_samples,
+    alternatives_of,
     encode_corpus,
     evaluation_sets,
     validation_parts,
@@ -68,8 +80,9 @@ if TYPE_CHECKING:
 
 _ASSUMED_LENGTH = 512
 _ASSUMED_RECORDS = 400
-_GENERATION_SLACK = 8  # as evaluation.scoring
 _SETUP_TOKENS = 8192  # as methods.rmu
+_CHOICE_RECORDS = 64  # as methods.falcon_whole
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -108,11 +121,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Scored:
-    """What scoring runs for one set: answers to give probabilities to, and prompts to continue."""
+    """What scoring runs for one set: answers to give probabilities to, by question, and prompts to continue."""
 
-    sequences: tuple[Encoded, ...]
+    groups: tuple[tuple[Encoded, ...], ...]
     prompts: tuple[Encoded, ...]
-    new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,7 @@ class _Inputs:
     device: str
     dtype: torch.dtype
     encoded: EncodedCorpus
+    alternatives: Mapping[str, tuple[Encoded, ...]]
     sets: Mapping[str, _Scored]
     layers: tuple[int, ...]
     candidates: tuple[int, ...]
@@ -138,7 +151,7 @@ def estimate_run(recipe: Recipe) -> Estimate:
     inputs = _read(recipe)
     whole = blueprint(inputs.config, inputs.dtype, trust_remote_code=recipe.trust_remote_code)
     selection = _selection(inputs, whole)
-    training, parts, patch = _training(inputs)
+    training, parts, patch = _whole_training(inputs, whole) if _is_whole(recipe) else _layer_training(inputs)
     stages = [*selection, training, patch]
     if recipe.evaluation.enabled:
         scoring = _scoring(inputs, whole)
@@ -197,23 +210,27 @@ def _read(recipe: Recipe) -> _Inputs:
         dtype = torch.float32 if device == "cpu" else _checkpoint_dtype(config)
     assert dtype is not None
     assumptions: list[str] = []
-    encoded, sets = _data(recipe, source, config, assumptions)
+    encoded, alternatives, sets = _data(recipe, source, config, assumptions)
     settings, total = recipe.selection, number_of_layers(config)
     candidates = settings.candidates or spaced_candidates(total, settings.max_candidates)
-    if settings.layers == "auto":
-        target = max(candidates)
+    whole = _is_whole(recipe)
+    if settings.layers == "all" or (settings.layers == "auto" and whole and settings.selector == "sweep"):
+        layers = tuple(range(total))
+    elif settings.layers == "auto":
+        # The first layers of a model end at the target; in a whole one gradients pass all that is above.
+        which, target = ("lowest", min(candidates)) if whole else ("highest", max(candidates))
         layers = tuple(range(max(0, target - settings.span + 1), target + 1))
         assumptions.append(
-            f"layers are chosen in the run; training is predicted for the highest candidate, {target}, which takes most"
+            f"layers are chosen in the run; training is predicted for the {which} candidate, {target}, which takes most"
         )
     else:
-        layers = tuple(range(total)) if settings.layers == "all" else tuple(sorted(settings.layers))
+        layers = tuple(sorted(settings.layers))
     highest = max((*layers, *candidates))
     if highest >= total:
         raise UserError(f"selection: layer {highest} is out of range, {recipe.model} has layers 0..{total - 1}")
     if settings.streaming == "always" and settings.selector == "mutual_information":
         assumptions.append("extraction is predicted with the model in memory; streamed, it takes one layer at a time")
-    return _Inputs(recipe, config, device, dtype, encoded, sets, layers, candidates, tuple(assumptions))
+    return _Inputs(recipe, config, device, dtype, encoded, alternatives, sets, layers, candidates, tuple(assumptions))
 
 
 def _checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -223,25 +240,28 @@ def _checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 def _data(
     recipe: Recipe, source: ModelSource, config: PreTrainedConfig, assumptions: list[str]
-) -> tuple[EncodedCorpus, dict[str, _Scored]]:
-    """The data as tokens, or as many tokens as are assumed."""
+) -> tuple[EncodedCorpus, dict[str, tuple[Encoded, ...]], dict[str, _Scored]]:
+    """The corpus, the alternatives that the method needs and the sets, as tokens or as many as are assumed."""
     absent = [name for name in _sources(recipe) if not Path(name).exists()]
     try:
         tokenizer = load_tokenizer(source)
     except UserError:
         absent.append("the tokenizer")
     if absent:
-        return _assumed_data(recipe, config, absent[0], assumptions)
+        encoded, sets = _assumed_data(recipe, config, absent[0], assumptions)
+        forget = (record for records in encoded.forget.values() for record in records)
+        return encoded, {record_key(record): (record,) for record in forget}, sets
     encoder = Encoder(tokenizer, template=recipe.corpus.template, plain_template=recipe.corpus.plain_template)
     corpus = load_corpus(recipe.corpus, Path.cwd())
     with quiet_transformers():
         encoded = encode_corpus(recipe, corpus, encoder, config)
+        alternatives = alternatives_of(recipe, encoded, encoder)
         limit = context_length(config)
         sets = {
             name: _scored(recipe, encoder, records, limit)
             for name, records in evaluation_sets(recipe, corpus, Path.cwd()).items()
         }
-    return encoded, sets
+    return encoded, alternatives, sets
 
 
 def _sources(recipe: Recipe) -> list[str]:
@@ -279,15 +299,13 @@ def _assumed_data(
     encoded = EncodedCorpus(sides["forget"], sides["retain"], groups, {}, {}, mask, pad_id=0)
     one = tuple(records("evaluation"))
     prompts = tuple(Encoded(item.ids[: item.answer_start], item.answer_start) for item in one)
-    new_tokens = min(recipe.evaluation.max_new_tokens, length - length // 2 + _GENERATION_SLACK)
     names = ("forget", "retain", *recipe.evaluation.utility)
-    return encoded, {name: _Scored(one, prompts, new_tokens) for name in names}
+    return encoded, {name: _Scored(tuple((item,) for item in one), prompts) for name in names}
 
 
 def _scored(recipe: Recipe, encoder: Encoder, records: Sequence[Record], limit: int | None) -> _Scored:
     """The sequences that :func:`~falcon_unlearn.evaluation.scoring.score_set` makes of ``records``."""
-    answers: list[Encoded] = []
-    others: list[Encoded] = []
+    groups: list[tuple[Encoded, ...]] = []
     prompts: list[Encoded] = []
     for record in records:
         answer = encoder.encode(record)
@@ -295,18 +313,14 @@ def _scored(recipe: Recipe, encoder: Encoder, records: Sequence[Record], limit: 
             ids = answer.ids[:limit]
             start = (len(ids) + 1) // 2
             answer = Encoded(ids[: start + MAX_TEXT_ANSWER_TOKENS], start)
-        answers.append(answer)
         prompts.append(Encoded(answer.ids[: answer.answer_start], answer.answer_start))
-        wrong, paraphrase = record.perturbed_answers, record.paraphrased_answer
-        others += [encoder.encode(record, answer=text) for text in wrong]
-        if wrong and paraphrase is not None:
-            others.append(encoder.encode(record, answer=paraphrase))
+        paraphrase = [] if record.paraphrased_answer is None else [record.paraphrased_answer]
+        others = [encoder.encode(record, answer=text) for text in (*paraphrase, *record.perturbed_answers)]
+        groups.append(tuple(item for item in (answer, *others) if limit is None or len(item) <= limit))
         if record.heldout_question is not None and record.kind != "text":
             held = encoder.encode(record, question=record.heldout_question)
             prompts.append(Encoded(held.ids[: held.answer_start], held.answer_start))
-    longest = max((len(answer) - answer.answer_start for answer in answers), default=0)
-    kept = tuple(item for item in (*answers, *others) if limit is None or len(item) <= limit)
-    return _Scored(kept, tuple(prompts), min(recipe.evaluation.max_new_tokens, longest + _GENERATION_SLACK))
+    return _Scored(tuple(groups), tuple(prompts))
 
 
 # --- stages ------------------------------------------------------------------------------------------------------
@@ -320,75 +334,80 @@ def _width(batch: Sequence[Encoded]) -> int:
     return max(len(item) for item in batch)
 
 
-def _answer_positions(batch: Sequence[Encoded]) -> int:
-    """Columns from the one before the first answer on, as scoring asks for logits."""
-    return _width(batch) - max(min(item.answer_start for item in batch), 1) + 1
-
-
 def _forward_flops(batches: Iterable[Sequence[Encoded]], flops: PerRecord) -> int:
     return sum(len(batch) * flops(_width(batch)) for batch in batches)
 
 
-def _probability_flops(batches: Iterable[Sequence[Encoded]], flops: PerRecord, head: int) -> int:
-    return sum(len(batch) * (flops(_width(batch)) + head * _answer_positions(batch)) for batch in batches)
+def _probability_flops(passes: Iterable[Sequence[PrefixTree]], flops: PerRecord, head: int) -> int:
+    return sum(len(trees) * flops(max(map(len, trees))) + head * _predicting(trees) for trees in passes)
 
 
-def _probability_peak(model: PreTrainedModel, batches: Sequence[Sequence[Encoded]]) -> int:
-    """Of the batch with most positions, and of that with most logits."""
+def _predicting(trees: Sequence[PrefixTree]) -> int:
+    """Positions that logits are made for."""
+    return sum(len(tree.predicting) for tree in trees)
+
+
+def _probability_peak(model: PreTrainedModel, passes: Sequence[Sequence[PrefixTree]]) -> int:
+    """Of the pass with most positions, and of that with most logits."""
     largest = {
-        id(max(batches, key=measure)): max(batches, key=measure)
-        for measure in (lambda b: len(b) * _width(b), lambda b: len(b) * _answer_positions(b))
+        id(max(passes, key=measure)): max(passes, key=measure)
+        for measure in (lambda trees: len(trees) * max(map(len, trees)), _predicting)
     }
     peaks = []
-    for batch in largest.values():
-        tokens = sum(len(item) - max(item.answer_start, 1) for item in batch)
-        shape = BatchShape(len(batch), _width(batch), tokens, min(map(len, batch)) < _width(batch))
-        peaks.append(scoring_peak(model, shape, positions=_answer_positions(batch)))
+    for trees in largest.values():
+        width, rows = max(map(len, trees)), _predicting(trees)
+        shape = BatchShape(len(trees), width, rows, padded=min(map(len, trees)) < width)
+        peaks.append(scoring_peak(model, shape))
     return max(peaks)
 
 
 def _scoring(inputs: _Inputs, whole: PreTrainedModel) -> StageEstimate:
     size = inputs.recipe.evaluation.batch_size
     flops, head = layers_flops(whole), head_flops(whole)
-    total, peak, generated = 0, tensor_bytes(whole), 0
+    total, peak, new = 0, tensor_bytes(whole), inputs.recipe.evaluation.max_new_tokens
     for scored in inputs.sets.values():
-        batches = _batches(scored.sequences, size)
-        total += _probability_flops(batches, flops, head)
-        if batches:
-            peak = max(peak, _probability_peak(whole, batches))
-        new = scored.new_tokens
+        passes = planned_passes(whole, scored.groups, size)
+        total += _probability_flops(passes, flops, head)
+        if passes:
+            peak = max(peak, _probability_peak(whole, passes))
         prompts = _batches([prompt for prompt in scored.prompts if len(prompt)], size)
         for batch in prompts:
             width = _width(batch)
             steps = sum(flops.next_token(length) for length in range(width + 1, width + new))
             total += len(batch) * (flops(width) + steps + head * new)
-        if prompts and new:
+        if prompts:
             longest = max(prompts, key=lambda batch: len(batch) * _width(batch))
             peak = max(peak, generation_peak(whole, len(longest), _width(longest) + new))
-        generated = max(generated, new)
-    sequences = sum(len(scored.sequences) for scored in inputs.sets.values())
+    sequences = sum(len(group) for scored in inputs.sets.values() for group in scored.groups)
     prompts_count = sum(len(scored.prompts) for scored in inputs.sets.values())
     return StageEstimate(
         "score",
         peak,
         total,
         0,
-        f"{sequences} answers, {prompts_count} prompts of up to {generated} new tokens (FLOPs: all of them), "
+        f"{sequences} answers, {prompts_count} prompts of up to {new} new tokens (FLOPs: all of them), "
         f"batches of {size}, logits of {text_config(inputs.config).vocab_size} words",
     )
 
 
-def _predictable(recipe: Recipe) -> FalconConfig | RmuConfig:
+def _is_whole(recipe: Recipe) -> bool:
+    return entry_of(recipe.method).kind == "whole"
+
+
+def _predictable(recipe: Recipe) -> None:
     if recipe.training.lora is not None:
         raise UserError("--estimate does not predict adapters; leave training.lora out for an upper bound")
-    if isinstance(recipe.method, FalconConfig | RmuConfig):
-        return recipe.method
-    raise UserError(f"--estimate predicts the methods falcon and rmu, not {recipe.method.name}")
+    # SCRUB's sides take turns: no step has both losses.
+    if isinstance(recipe.method, ScrubConfig) or not (
+        isinstance(recipe.method, FalconConfig | RmuConfig) or _is_whole(recipe)
+    ):
+        raise UserError(f"--estimate does not predict the method {recipe.method.name}")
 
 
 def _objectives(inputs: _Inputs, *, whole_batch: bool) -> tuple[Objective, Objective]:
     """Forget and retain loss; ``whole_batch``: as memory is, else only what is linear in the tokens."""
-    method = _predictable(inputs.recipe)
+    method = inputs.recipe.method
+    assert isinstance(method, FalconConfig | RmuConfig)
     vector = torch.empty(text_config(inputs.config).hidden_size, device="meta")
     if isinstance(method, RmuConfig):
         return (lambda updated, _: squared_distance(updated, vector)), squared_distance
@@ -420,7 +439,7 @@ def _walk(
     flops: Callable[[], tuple[PerRecord, PerRecord]],
 ) -> _Training:
     """Go through the batches of a run as the trainer does."""
-    recipe, mask, method = inputs.recipe, inputs.encoded.loss_mask, _predictable(inputs.recipe)
+    recipe, mask, method = inputs.recipe, inputs.encoded.loss_mask, inputs.recipe.method
     frozen, trained = flops()
     size = training.micro_batch_size or training.batch_size
     records: list[Encoded] = []
@@ -435,6 +454,7 @@ def _walk(
 
     setup_tokens = 0
     most = method.offset_tokens if isinstance(method, FalconConfig) else _SETUP_TOKENS
+    assert isinstance(method, FalconConfig | RmuConfig)
     if isinstance(method, RmuConfig) or method.offset == "paper":
         for batches in data.first_batches(training.batch_size).values():
             count = 0
@@ -473,27 +493,26 @@ def _measure(shape: BatchShape) -> tuple[int, bool, int]:
     return shape.records * shape.length, shape.padded, shape.tokens
 
 
+def _optimizer(inputs: _Inputs, masters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    training, hidden = inputs.recipe.training, text_config(inputs.config).hidden_size
+    made = build_optimizer(training.optimizer, masters, hidden_size=hidden, batch_size=training.batch_size)
+    for group in made.param_groups:
+        if "foreach" in group:  # torch's own choice on CUDA, which it cannot make on meta
+            group["foreach"] = inputs.device == "cuda"
+    return made
+
+
 def _step_memory(
     inputs: _Inputs, model: PreTrainedModel, layers: Sequence[int], run: _Training, *, cached: bool
 ) -> StepMemory:
-    training = inputs.recipe.training
-    hidden = text_config(inputs.config).hidden_size
-
-    def optimizer(masters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        made = build_optimizer(training.optimizer, masters, hidden_size=hidden, batch_size=training.batch_size)
-        for group in made.param_groups:
-            if "foreach" in group:  # torch's own choice on CUDA, which it cannot make on meta
-                group["foreach"] = inputs.device == "cuda"
-        return made
-
     return step_memory(
         model,
         layers,
-        training.modules,
+        inputs.recipe.training.modules,
         run.forget,
         run.retain,
         objectives=_objectives(inputs, whole_batch=True),
-        optimizer=optimizer,
+        optimizer=partial(_optimizer, inputs),
         micro_batches=run.micro_batches,
         cached=cached,
     )
@@ -517,18 +536,35 @@ def _flops_of(
     return lambda: (found.frozen, found.trained)
 
 
-def _training(inputs: _Inputs) -> tuple[StageEstimate, dict[str, int], StageEstimate]:
+def _layer_training(inputs: _Inputs) -> tuple[StageEstimate, dict[str, int], StageEstimate]:
     recipe, encoded, target = inputs.recipe, inputs.encoded, inputs.layers[-1]
     model = blueprint(inputs.config, inputs.dtype, layers=target + 1, trust_remote_code=recipe.trust_remote_code)
     data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, torch.device("cpu"))
     run = _walk(inputs, recipe.training, data, _flops_of(inputs, model, inputs.layers))
     memory = _step_memory(inputs, model, inputs.layers, run, cached=run.complete)
     in_memory = run.cache_bytes if inputs.device == "cpu" else 0
-    decoder = SplitDecoder(model, inputs.layers, recipe.training.modules)
-    masters = decoder.masters()
+    masters = SplitDecoder(model, inputs.layers, recipe.training.modules).masters()
     filling = extraction_peak(model, max(run.forget, run.retain, key=_measure)) + memory.masters
     setup = memory.weights + memory.masters + _setup_bytes(inputs, run)
     peak = max(memory.peak, setup, filling if run.cache_bytes else 0) + in_memory
+    what = f"{_trained(inputs)}, longest batch {run.forget.records} x {run.forget.length}, " + (
+        "cached" if run.cache_bytes else "no cache"
+    )
+    training, parts, patch = _stages_of(inputs, memory, masters, peak=peak, flops=run.flops, what=what)
+    if in_memory:
+        parts["activation cache"] = in_memory
+    return training, parts, patch
+
+
+def _trained(inputs: _Inputs) -> str:
+    layers = ", ".join(map(str, inputs.layers))
+    return f"layers {layers} ({inputs.recipe.training.modules}), {inputs.recipe.training.steps} steps"
+
+
+def _stages_of(
+    inputs: _Inputs, memory: StepMemory, masters: Mapping[str, Tensor], *, peak: int, flops: int, what: str
+) -> tuple[StageEstimate, dict[str, int], StageEstimate]:
+    """Training, the parts of its peak, and making the patch."""
     parts = {
         "frozen weights": memory.weights,
         "fp32 masters": memory.masters,
@@ -536,23 +572,162 @@ def _training(inputs: _Inputs) -> tuple[StageEstimate, dict[str, int], StageEsti
         "waiting gradients": memory.gradients,
         "activations, casts, new gradients": memory.activations,
     }
-    if in_memory:
-        parts["activation cache"] = in_memory
     stored = sum(value.numel() for value in masters.values()) * _checkpoint_dtype(inputs.config).itemsize
-    layers = ", ".join(map(str, inputs.layers))
-    shape = run.forget
-    training = StageEstimate(
-        "training",
-        peak,
-        run.flops,
-        memory.masters + memory.optimizer,
-        f"layers {layers} ({recipe.training.modules}), {recipe.training.steps} steps, longest batch "
-        f"{shape.records} x {shape.length}, " + ("cached" if run.cache_bytes else "no cache"),
-    )
     patch = StageEstimate(
         "patch", memory.weights + memory.masters, 0, 2 * stored, f"{len(masters)} tensors, before and after"
     )
-    return training, parts, patch
+    return StageEstimate("training", peak, flops, memory.masters + memory.optimizer, what), parts, patch
+
+
+class _Whole(WholeModel):
+    """On the meta device: the head is taken on trust, and padding is told from the records."""
+
+    def run(self, batch: Batch, layers: Sequence[int], masters: Mapping[str, Tensor] | None) -> Pass:
+        rows, width = batch.input_ids.shape
+        shape = BatchShape(rows, width, 0, padded=min(map(len, batch.records)) < width)
+        mask = cast("Tensor", attention_mask(shape, self.model))
+        return super().run(dataclasses.replace(batch, attention_mask=mask), layers, masters)
+
+    def _check_head(self) -> None:
+        pass
+
+
+def _whole_setup(
+    inputs: _Inputs, whole: WholeModel, forget: Batch, alternatives: Mapping[str, tuple[Encoded, ...]]
+) -> WholeSetup:
+    encoded, seed = inputs.encoded, inputs.recipe.seed
+    return WholeSetup(whole, {"": [forget]}, alternatives, encoded.loss_mask, encoded.pad_id, seed, len(encoded.retain))
+
+
+def _quantities(batch: Batch, other: Batch | None, mask: LossMask) -> list[int]:
+    """What the FLOPs of a loss are linear in: of a batch, and of the alternatives to its records."""
+    found: list[int] = []
+    for part in (batch,) if other is None else (batch, other):
+        rows, width = part.input_ids.shape
+        found += [rows * width, rows * width**2, int(part.loss_mask(mask)[:, 1:].sum())]
+    return found if other is None else [*found, len(aligned(batch, other).rows)]
+
+
+# Tokens of a record and of its answer, then of its alternative: as many as there are quantities, and independent.
+_PROBES = ((32, 8, 32, 8), (64, 8, 32, 8), (32, 16, 32, 8))
+_PROBES_OF_ALTERNATIVES = ((32, 8, 64, 8), (32, 8, 128, 8), (32, 8, 32, 16), (32, 16, 32, 16))
+
+
+def _whole_flops(inputs: _Inputs, whole: WholeModel) -> dict[str, list[int]]:
+    """FLOPs of the set-up, the forget loss and the retain loss, for one of each of :func:`_quantities`."""
+    recipe, mask, pad_id = inputs.recipe, inputs.encoded.loss_mask, inputs.encoded.pad_id
+    entry, masters = entry_of(recipe.method), whole.masters()
+    seen: dict[str, list[tuple[list[int], int]]] = {"setup": [], "forget": [], "retain": []}
+    for length, answer, other_length, other_answer in (
+        *_PROBES,
+        *(_PROBES_OF_ALTERNATIVES if entry.alternatives else ()),
+    ):
+        own, other = (
+            Encoded(tuple(range(tokens)), tokens - counted, tokens - counted)
+            for tokens, counted in ((length, answer), (other_length, other_answer))
+        )
+        batch = collate([own], pad_id)
+        both = _quantities(batch, collate([other], pad_id) if entry.alternatives else None, mask)
+        with metered(whole.model) as meter:
+            moved = batch.to(_META)
+            method = entry.build(recipe.method, _whole_setup(inputs, whole, moved, {record_key(own): (other,)}))
+            seen["setup"].append((both, meter.flops))
+            gradients_of(partial(method.forget_loss, 0, "", moved), masters)
+            seen["forget"].append((both, meter.flops - seen["setup"][-1][1]))
+            if len(seen["retain"]) < len(_PROBES):
+                before = meter.flops
+                gradients_of(partial(method.retain_loss, 0, moved), masters)
+                seen["retain"].append((_quantities(batch, None, mask), meter.flops - before))
+    result = {}
+    for name, probes in seen.items():
+        quantities, flops = (torch.tensor(values, dtype=torch.float64) for values in zip(*probes, strict=True))
+        result[name] = [round(value) for value in torch.linalg.solve(quantities, flops).tolist()]
+    return result
+
+
+def _passed_together(inputs: _Inputs) -> list[Sequence[Encoded]]:
+    """The alternatives, as a set-up that runs them cuts them into batches: DPO's those of each record."""
+    options: list[Sequence[Encoded]] = list(inputs.alternatives.values())
+    if not isinstance(inputs.recipe.method, FalconConfig):
+        return options
+    every = [each for group in options for each in group]
+    return [every[start : start + _CHOICE_RECORDS] for start in range(0, len(every), _CHOICE_RECORDS)]
+
+
+def _whole_training(inputs: _Inputs, model: PreTrainedModel) -> tuple[StageEstimate, dict[str, int], StageEstimate]:
+    """As :func:`_layer_training`, for a method on the whole model: its own losses on the largest batches."""
+    recipe, encoded, training = inputs.recipe, inputs.encoded, inputs.recipe.training
+    every_layer = isinstance(recipe.selection.layers, str) and len(inputs.layers) == number_of_layers(inputs.config)
+    everything = every_layer and training.modules == "all"
+    whole = _Whole(model, None if everything else inputs.layers, training.modules)
+    flops, entry = _whole_flops(inputs, whole), entry_of(recipe.method)
+    data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, torch.device("cpu"))
+    size = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    # Spare stand-ins are for those that the set-up passes over, which is not known here.
+    taken = inputs.alternatives
+    if isinstance(recipe.method, FalconConfig):
+        taken = {key: options[: recipe.method.stand_in.count] for key, options in taken.items()}
+
+    def quantities(side: str, step: int, batch: Batch) -> list[int]:
+        other = None
+        if entry.alternatives and side == "forget":
+            other = _whole_setup(inputs, whole, batch, taken).alternative(step, batch)
+        return _quantities(batch, other, encoded.loss_mask)
+
+    def product(each: Sequence[int], counts: Sequence[int]) -> int:
+        return sum(a * b for a, b in zip(each, counts, strict=False))
+
+    own = [batch for domain in data.first_batches(size).values() for batch in domain]
+    total = sum(product(flops["setup"], _quantities(batch, None, encoded.loss_mask)) for batch in own)
+    if entry.alternatives:
+        of_alternatives = flops["setup"][len(_PROBES) :]
+        mask: LossMask = "answer" if isinstance(recipe.method, FalconConfig) else encoded.loss_mask
+        groups = (collate(group, encoded.pad_id) for group in _passed_together(inputs))
+        total += sum(product(of_alternatives, _quantities(group, None, mask)) for group in groups)
+    largest: dict[str, tuple[list[int], int, Batch]] = {}
+    micro_batches = False
+    for step in range(training.steps):
+        _, *batches = data.at(step, training.batch_size, recipe.seed)
+        for side, batch in zip(("forget", "retain"), batches, strict=True):
+            parts = batch.parts(size)
+            micro_batches |= len(parts) > 1
+            for part in parts:
+                counts = quantities(side, step, part)
+                total += product(flops[side], counts)
+                largest[side] = max(largest.get(side, (counts, step, part)), (counts, step, part), key=lambda x: x[0])
+    memory, before = _whole_memory(
+        inputs, whole, largest["forget"][1:], largest["retain"][1:], micro_batches=micro_batches
+    )
+    longest = largest["forget"][2].input_ids.shape
+    trained = f"all parameters, {training.steps} steps" if everything else _trained(inputs)
+    what = f"{trained}, longest batch {longest[0]} x {longest[1]}"
+    return _stages_of(inputs, memory, whole.masters(), peak=max(memory.peak, before), flops=total, what=what)
+
+
+def _whole_memory(
+    inputs: _Inputs, whole: WholeModel, forget: tuple[int, Batch], retain: tuple[int, Batch], *, micro_batches: bool
+) -> tuple[StepMemory, int]:
+    """Memory of a step, given the number and the batch of both sides, and the peak of the set-up before."""
+    entry = entry_of(inputs.recipe.method)
+    parameters = dict(whole.model.named_parameters())
+    trained = [parameters[name] for name in whole.parameter_names]
+    masters = 4 * sum(parameter.numel() for parameter in trained)
+    # Those of the batch, and as many more as a set-up takes at once.
+    keys = [*map(record_key, forget[1].records), *itertools.islice(inputs.alternatives, _CHOICE_RECORDS)]
+    alternatives = {key: inputs.alternatives[key] for key in keys if key in inputs.alternatives}
+    with metered(whole.model) as meter:
+        on_forget, on_retain = (batch.to(_META) for _, batch in (forget, retain))
+        method = entry.build(inputs.recipe.method, _whole_setup(inputs, whole, on_forget, alternatives))
+    memory = training_memory(
+        whole.model,
+        whole.masters,
+        partial(method.forget_loss, forget[0], "", on_forget),
+        partial(method.retain_loss, retain[0], on_retain),
+        optimizer=partial(_optimizer, inputs),
+        micro_batches=micro_batches,
+        released=0 if method.keeps_reference else tensor_bytes(trained),
+    )
+    return memory, meter.peak + masters
 
 
 def _selection(inputs: _Inputs, whole: PreTrainedModel) -> list[StageEstimate]:
@@ -562,11 +737,13 @@ def _selection(inputs: _Inputs, whole: PreTrainedModel) -> list[StageEstimate]:
     stages: list[StageEstimate] = []
     if settings.selector == "mutual_information" or settings.show_mutual_information:
         stages.append(_extraction(inputs, whole))
-    if settings.selector != "sweep":
+    if settings.selector != "sweep" or _is_whole(recipe):
         return stages
     encoded, size = inputs.encoded, recipe.evaluation.batch_size
     parts, held = validation_parts(inputs.recipe, inputs.encoded)
-    validation = [batch for records in held.values() for batch in _batches(records, size)]
+    validation = [
+        trees for records in held.values() for trees in planned_passes(whole, [[item] for item in records], size)
+    ]
     probability = _probability_flops(validation, layers_flops(whole), head_flops(whole))
     peak = _probability_peak(whole, validation)
     total = probability * (1 + len(inputs.candidates))

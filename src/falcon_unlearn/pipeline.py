@@ -316,7 +316,7 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
 
         watch = Watch(plan, on_step, on_resume, on_halved)
         if whole:
-            trained = unlearn_whole(recipe, model, inputs.encoded, inputs.alternatives, watch)
+            trained = unlearn_whole(recipe, model, inputs.encoded, inputs.alternatives, watch, selection=selection)
         else:
             cache = CachePlan(folder / "activations", resume, inputs.console.say)
             trained = unlearn_layers(recipe, model, inputs.encoded, selection, cache=cache, watch=watch)

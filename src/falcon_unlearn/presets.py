@@ -50,8 +50,16 @@ def _layer(lr: float, **method: Any) -> dict[str, Any]:
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "falcon": {
-        # Chosen on the embedded benchmark with seeds that the README's figures do not use: see docs/science.md.
+        # Both chosen on the embedded benchmark with seeds that the README's figures do not use: see docs/science.md.
         "default": {
+            **_whole(5e-4, positives="stand_in", stand_in={"distillation_weight": 0.3, "hinge_weight": 0.2}),
+            "selection": {"layers": "auto"},
+            "training": {
+                **_whole(5e-4)["training"],
+                "gradients": {"combination": "falcon", "conflict_weights": [1.0, 1.0], "aligned_weights": [1.0, 1.0]},
+            },
+        },
+        "layer": {
             "corpus": {"loss_mask": "all"},
             "method": {"offset": "paper", "offset_variance": 0.9, "retain_weight": 1.0},
             "selection": {"selector": "sweep", "span": 1},

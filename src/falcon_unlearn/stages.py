@@ -20,6 +20,7 @@ from falcon_unlearn.corpus.alternatives import dont_know, random_answers
 from falcon_unlearn.corpus.batching import Encoded, Encoder, LengthReport, LossMask, fit_to_context
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, load_records
+from falcon_unlearn.corpus.stand_ins import stand_ins
 from falcon_unlearn.engine.optimizers import learning_rate
 from falcon_unlearn.engine.trainer import (
     CheckpointPlan,
@@ -31,9 +32,10 @@ from falcon_unlearn.engine.trainer import (
     train,
 )
 from falcon_unlearn.errors import UserError
+from falcon_unlearn.evaluation.log_probabilities import answer_log_probabilities
 from falcon_unlearn.evaluation.metrics import FORGET_SET
-from falcon_unlearn.evaluation.scoring import answer_log_probabilities, score_set
-from falcon_unlearn.methods import METHODS, Method, Setup, WholeModel, WholeSetup
+from falcon_unlearn.evaluation.scoring import score_set
+from falcon_unlearn.methods import FalconConfig, Method, Setup, WholeModel, WholeSetup, entry_of
 from falcon_unlearn.model.activation_cache import ActivationCache, record_key
 from falcon_unlearn.model.activation_store import ActivationStore
 from falcon_unlearn.model.decoder import SplitDecoder, find_layers, replaced, scope_parameters
@@ -228,7 +230,7 @@ def _candidates(recipe: Recipe, total: int) -> tuple[int, ...]:
 def given_layers(recipe: Recipe, total: int) -> LayerSelection | None:
     """The layers the recipe names, or None where they are to be chosen."""
     named = recipe.selection.layers
-    if named == "auto" and METHODS[recipe.method.name].kind == "representation":
+    if named == "auto":
         return None
     if isinstance(named, str):
         return LayerSelection("given", tuple(range(total)), total - 1, "all layers")
@@ -289,6 +291,8 @@ def select_layers(
 ) -> LayerSelection:
     """Choose the layers to train, with the recipe's selector.
 
+    A method on the whole model trains all of them, unless mutual information is to choose.
+
     Args:
         recipe: validated, its layers checked with :func:`check_layers`.
         encoded: the corpus.
@@ -313,6 +317,9 @@ def select_layers(
                 raise
             notes.append(f"Mutual information is not shown: {error}")
     scores: tuple[LayerScore, ...]
+    if settings.selector == "sweep" and entry_of(recipe.method).kind != "representation":
+        criterion = "all layers: the knowledge may lie in any of them"
+        return LayerSelection("all", tuple(range(total)), total - 1, criterion, (), information, tuple(notes))
     if settings.selector == "sweep":
         criterion = "kept retain minus left forget probability on validation records, after a short trial (1 is best)"
         target, scores = _sweep(recipe, model(), encoded, candidates, console)
@@ -522,7 +529,7 @@ def _train(
     if complete and own_model:
         decoder.release()
     setup = Setup(decoder, data.first_batches(_at_once(training)), loss_mask, recipe.seed)
-    method: Method = METHODS[recipe.method.name].build(recipe.method, setup)
+    method: Method = entry_of(recipe.method).build(recipe.method, setup)
     train(
         method,
         masters,
@@ -553,28 +560,20 @@ class Unlearned:
     """What training left.
 
     Attributes:
-        stack_name: of the model's layer stack, for :func:`falcon_unlearn.model.decoder.renamed_to`.
         tensors: the changed fp32 tensors by name, adapters merged.
         diagnostics: the method's.
         save_adapter: writes the adapters into a folder, given the base model's name; None without adapters.
     """
 
-    stack_name: str
     tensors: Mapping[str, Tensor]
     diagnostics: Mapping[str, Any]
     save_adapter: Callable[[Path, str], None] | None
 
 
-def _unlearned(
-    trained: SplitDecoder | WholeModel,
-    masters: Mapping[str, Tensor],
-    adapters: Adapters | None,
-    diagnostics: Mapping[str, Any],
-) -> Unlearned:
+def _unlearned(masters: Mapping[str, Tensor], adapters: Adapters | None, diagnostics: Mapping[str, Any]) -> Unlearned:
     if adapters is None:
-        return Unlearned(trained.stack_name, masters, diagnostics, None)
+        return Unlearned(masters, diagnostics, None)
     return Unlearned(
-        trained.stack_name,
         adapters.merged(masters),
         diagnostics,
         lambda folder, base_model: adapters.save(folder, masters, base_model),
@@ -617,7 +616,7 @@ def unlearn_layers(
         checkpoint=plan,
         watch=watch,
     )
-    return _unlearned(decoder, masters, adapters, method.diagnostics())
+    return _unlearned(masters, adapters, method.diagnostics())
 
 
 @_memory_errors()
@@ -627,8 +626,10 @@ def unlearn_whole(
     encoded: EncodedCorpus,
     alternatives: Mapping[str, tuple[Encoded, ...]],
     watch: Watch,
+    *,
+    selection: LayerSelection,
 ) -> Unlearned:
-    """Train or edit the whole model, or of it the layers and modules that the recipe names.
+    """Train or edit the whole model, or of it the selected layers and the modules that the recipe names.
 
     Args:
         recipe: method and training settings.
@@ -636,11 +637,12 @@ def unlearn_whole(
         encoded: the corpus.
         alternatives: from :func:`alternatives_of`.
         watch: told of the training.
+        selection: which layers.
     """
-    layers, training = recipe.selection.layers, recipe.training
-    adapters, scope = _scope(recipe, model, _numbers(layers, model))
-    everything = isinstance(layers, str) and scope == "all"
-    whole = WholeModel(model, None if everything else _numbers(layers, model), scope)
+    training = recipe.training
+    adapters, scope = _scope(recipe, model, selection.layers)
+    all_layers = isinstance(recipe.selection.layers, str) and len(selection.layers) == number_of_layers(model.config)
+    whole = WholeModel(model, None if all_layers and scope == "all" else selection.layers, scope)
     data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, model.device)
     setup = WholeSetup(
         whole,
@@ -650,8 +652,9 @@ def unlearn_whole(
         encoded.pad_id,
         recipe.seed,
         len(encoded.retain),
+        [item for items in encoded.retain.values() for item in items],
     )
-    entry = METHODS[recipe.method.name]
+    entry = entry_of(recipe.method)
     masters = whole.masters()
     plan = watch.checkpoint(masters, masters if adapters is None else adapters.originals())
     method = entry.build(recipe.method, setup)
@@ -673,13 +676,7 @@ def unlearn_whole(
             on_resume=watch.on_resume,
             on_halved=watch.on_halved,
         )
-    return _unlearned(whole, masters, adapters, method.diagnostics())
-
-
-def _numbers(layers: str | Sequence[int], model: PreTrainedModel) -> Sequence[int]:
-    if isinstance(layers, str):
-        return range(number_of_layers(model.config))
-    return layers
+    return _unlearned(masters, adapters, method.diagnostics())
 
 
 def alternatives_of(recipe: Recipe, encoded: EncodedCorpus, encoder: Encoder) -> dict[str, tuple[Encoded, ...]]:
@@ -688,11 +685,19 @@ def alternatives_of(recipe: Recipe, encoded: EncodedCorpus, encoder: Encoder) ->
     Raises:
         UserError: a record is plain text, or there is no other answer to draw.
     """
-    kind = METHODS[recipe.method.name].alternatives
+    kind = entry_of(recipe.method).alternatives
     if kind is None:
         return {}
     retain = [record for name, records in encoded.records.items() if name.startswith("retain.") for record in records]
     limit = min(report.limit for report in encoded.lengths.values())
+    if kind == "stand_in":
+        assert isinstance(recipe.method, FalconConfig)
+        found: dict[str, tuple[Encoded, ...]] = {}
+        for domain, items in encoded.forget.items():
+            records = encoded.records[f"forget.{domain}"]
+            options = stand_ins(records, retain, encoder, recipe.seed, count=recipe.method.stand_in.drawn, limit=limit)
+            found |= {record_key(item): option for item, option in zip(items, options, strict=True)}
+        return found
     return {
         record_key(item): dont_know(record, encoder, recipe.seed, limit=limit)
         if kind == "dont_know"
@@ -702,16 +707,11 @@ def alternatives_of(recipe: Recipe, encoded: EncodedCorpus, encoder: Encoder) ->
     }
 
 
-def as_stored(masters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Round ``masters`` to the dtype they have on disk, so that what is scored is what is shipped."""
-    return {name: value.detach().to(dtypes[name]) for name, value in masters.items()}
-
-
 def describe_training(recipe: Recipe, hidden_size: int) -> str:
     """One line: steps, batch, optimiser and the learning rate in force."""
     training = recipe.training
     what = f"{recipe.method.name} ({recipe.method.preset})"
-    if METHODS[recipe.method.name].kind == "edit":
+    if entry_of(recipe.method).kind == "edit":
         return f"{what}, {training.modules}"
     rate = learning_rate(training.optimizer, hidden_size)
     lora = "" if training.lora is None else f", LoRA of rank {training.lora.rank}"

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from tiny_whole import (
@@ -176,6 +178,92 @@ def test_a_bf16_model_has_fp32_masters(architecture):
         expected = torch.cat(Plain(wide).log_probabilities(FORGET_BATCH))
         assert (found - expected).abs().mean() < 0.1 * expected.abs().mean()
     assert all(v.dtype == torch.float32 and torch.isfinite(v).all() for v in gradients(loss, masters).values())
+
+
+STACKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
+
+
+def plain_layers(plain, batch):
+    """Outputs of all decoder layers by hooks of our own, and logits, of the plain model."""
+    found = []
+    stack = plain.model.get_submodule(STACKS.get(plain.model.config.model_type, "model.layers"))
+    handles = [
+        layer.register_forward_hook(lambda _m, _a, out: found.append(out[0] if isinstance(out, tuple) else out))
+        for layer in stack
+    ]
+    arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    outputs = plain.model(**arguments, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    return found, outputs
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_run_gives_the_layers_outputs_and_the_final_states(model, scope):
+    whole = WholeModel(model, **SCOPES[scope])
+    masters, order = moved(whole.masters()), (4, 0, 3)
+    real = FORGET_BATCH.attention_mask.bool()
+    for values in (masters, None):
+        found, (expected, outputs) = (
+            whole.run(FORGET_BATCH, order, values),
+            plain_layers(Plain(model, values), FORGET_BATCH),
+        )
+        assert found.layers.shape == (3, *FORGET_BATCH.input_ids.shape, whole.hidden_size)
+        for i, layer in enumerate(order):
+            torch.testing.assert_close(found.layers[i][real], expected[layer][real], **CLOSE)
+        torch.testing.assert_close(found.final[real], outputs.hidden_states[-1][real], **CLOSE)
+        torch.testing.assert_close(found.head.logits(found.final)[real], outputs.logits[real], **CLOSE)
+        torch.testing.assert_close(found.layers[1][real], outputs.hidden_states[1][real], **CLOSE)
+        # The last layer's output stands before the final norm.
+        assert not torch.allclose(found.layers[0][real], found.final[real], **CLOSE)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_gradients_flow_from_every_layer(model, scope):
+    whole = WholeModel(model, **SCOPES[scope])
+    masters = moved(whole.masters())
+    plain = Plain(model, masters)
+    real = FORGET_BATCH.attention_mask.bool()
+    weights = torch.randn(5, int(real.sum()), whole.hidden_size, generator=torch.Generator().manual_seed(3))
+    found = (whole.run(FORGET_BATCH, range(5), masters).layers[:, real] * weights).mean()
+    expected = (torch.stack(plain_layers(plain, FORGET_BATCH)[0])[:, real] * weights).mean()
+
+    def reached(loss, tensors):
+        slopes = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+        return {name: slope for name, slope in zip(tensors, slopes, strict=True) if slope is not None}
+
+    assert_same(reached(found, masters), reached(expected, plain.parameters), **CLOSE)
+
+
+def test_a_run_leaves_no_hooks_and_no_layers_are_none(model):
+    whole = WholeModel(model)
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    found = whole.run(FORGET_BATCH, (), None)
+    assert found.layers.shape == (0, *found.final.shape)
+    broken = dataclasses.replace(FORGET_BATCH, input_ids=FORGET_BATCH.input_ids + 10**6)
+    with pytest.raises((IndexError, RuntimeError)):
+        whole.run(broken, (1, 2), whole.masters())
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_a_frozen_run_has_no_gradient_even_if_the_model_would_give_one():
+    whole = WholeModel(build_model("llama").requires_grad_(True))
+    found = whole.run(FORGET_BATCH, (1, 4), None)
+    assert not any(value.requires_grad for value in (found.layers, found.final, found.head.weight))
+    live = whole.run(FORGET_BATCH, (1, 4), whole.masters())
+    assert all(value.requires_grad for value in (live.layers, live.final, live.head.weight))
+    assert torch.equal(found.layers, live.layers)
+
+
+def test_predictions_are_those_of_a_run(model):
+    whole = WholeModel(model)
+    masters = moved(whole.masters())
+    for loss_mask in ("answer", "all"):
+        run = whole.run(FORGET_BATCH, (2,), masters).predictions(FORGET_BATCH, loss_mask)
+        alone = whole.predictions(FORGET_BATCH, loss_mask, masters)
+        for name in ("hidden", "targets", "mask"):
+            assert torch.equal(getattr(run, name), getattr(alone, name))
+        assert not run.mask[:, 0].any()
 
 
 class Doubled(nn.Linear):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from falcon_unlearn.objectives import representation
-from falcon_unlearn.objectives.representation import cosine_retention, info_nce, squared_distance
+from falcon_unlearn.objectives.representation import contrast, cosine_retention, info_nce, squared_distance
 
 
 def normal(*shape, seed=0):
@@ -50,6 +50,37 @@ def test_info_nce_with_shared_negatives_and_a_positive_each(tokens, hidden, coun
     assert info_nce(anchor, positive, negatives, temperature).item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+@given(layers=sizes, tokens=sizes, hidden=st.integers(2, 9), temperature=temperatures, seed=st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_contrast_is_info_nce_of_each_token_with_one_negative(layers, tokens, hidden, temperature, seed):
+    anchor, positive, negative = (normal(layers, tokens, hidden, seed=seed + i) for i in range(3))
+    found = contrast(anchor, positive, negative, temperature)
+    assert found.shape == (layers, tokens)
+    for i in range(layers):
+        for j in range(tokens):
+            a, p, n = (value[i, j].tolist() for value in (anchor, positive, negative))
+            assert found[i, j].item() == pytest.approx(naive_info_nce([a], [p], [[n]], temperature), rel=1e-5, abs=1e-5)
+        joint = info_nce(anchor[i], positive[i], negative[i][:, None], temperature)
+        assert found[i].mean().item() == pytest.approx(joint.item(), rel=1e-5, abs=1e-5)
+
+
+@given(hidden=st.integers(2, 9), temperature=temperatures, seed=st.integers(0, 99), scale=st.floats(1e-3, 1e3))
+@settings(max_examples=50, deadline=None)
+def test_contrast_has_its_bounds_and_forgets_lengths(hidden, temperature, seed, scale):
+    anchor, positive, negative = (normal(hidden, seed=seed + i) for i in range(3))
+    value = contrast(anchor, positive, negative, temperature).item()
+    least, most = (math.log1p(math.exp(2 * sign / temperature)) for sign in (-1, 1))
+    assert least - 1e-6 <= value <= most + 1e-6
+    assert contrast(anchor, anchor, -anchor, temperature).item() == pytest.approx(least, rel=1e-4, abs=1e-6)
+    assert contrast(anchor, -anchor, anchor, temperature).item() == pytest.approx(most, rel=1e-4)
+    assert contrast(anchor, positive, positive, temperature).item() == pytest.approx(math.log(2), rel=1e-6)
+    scaled = contrast(scale * anchor, positive / scale, scale * negative, temperature).item()
+    assert scaled == pytest.approx(value, rel=1e-4, abs=1e-5)
+    # Either way round, the chances of the two add up to one.
+    other = contrast(anchor, negative, positive, temperature).item()
+    assert math.exp(-value) + math.exp(-other) == pytest.approx(1, rel=1e-5)
+
+
 @given(tokens=sizes, hidden=st.integers(2, 9), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_retention_and_distance(tokens, hidden, seed):
@@ -86,6 +117,10 @@ class TestGradients:
     def test_info_nce(self, shape):
         anchor = normal(3, 5).requires_grad_()
         assert gradcheck(lambda a: info_nce(a, normal(5, seed=1), normal(*shape, seed=2), 0.7), anchor)
+
+    def test_contrast(self):
+        anchor, others = normal(2, 3, 5).requires_grad_(), (normal(2, 3, 5, seed=1), normal(2, 3, 5, seed=2))
+        assert gradcheck(lambda a: contrast(a, *others, 0.7), anchor)
 
     def test_retention_and_distance(self):
         updated, frozen = normal(3, 5).requires_grad_(), normal(3, 5, seed=1)
@@ -125,7 +160,11 @@ class TestZeros:
     def test_a_zero_activation_gives_no_nan(self):
         updated = torch.zeros(2, 4, requires_grad=True)
         frozen = torch.ones(2, 4)
-        for loss in (cosine_retention(updated, frozen), info_nce(updated, torch.ones(4), frozen[:, None], 0.7)):
+        for loss in (
+            cosine_retention(updated, frozen),
+            info_nce(updated, torch.ones(4), frozen[:, None], 0.7),
+            contrast(updated, torch.eye(4)[:2], frozen, 0.7).mean(),
+        ):
             assert loss.isfinite()
             assert torch.autograd.grad(loss, updated)[0].isfinite().all()
 
@@ -137,3 +176,7 @@ def test_half_precision_activations_are_scored_in_fp32():
     assert loss.dtype == torch.float32
     assert loss.item() == exact.item()
     assert cosine_retention(anchor, anchor).item() == pytest.approx(0, abs=1e-6)
+    others = normal(50, 32, seed=1).bfloat16(), normal(50, 32, seed=2).bfloat16()
+    values = contrast(anchor, *others, 0.7)
+    assert values.dtype == torch.float32
+    assert torch.equal(values, contrast(anchor.float(), *(other.float() for other in others), 0.7))

@@ -256,3 +256,19 @@ def test_bfloat16_is_reduced_in_fp32(ours, plain):
 def test_logits_are_the_plain_ones_for_any_leading_shape():
     case = Case(scale=0.5, softcap=3.0)
     torch.testing.assert_close(case.head.logits(case.hidden[None]), plain_logits(case.hidden, case.head)[None])
+
+
+def test_a_shift_is_added_to_the_logits_of_a_reference():
+    generator = torch.Generator().manual_seed(0)
+    hidden, other, weight, shift, targets = (
+        torch.randn(7, 16, generator=generator), torch.randn(7, 16, generator=generator),
+        torch.randn(300, 16, generator=generator), 3 * torch.randn(300, generator=generator),
+        torch.randint(300, (7,), generator=generator),
+    )  # fmt: skip
+    expected = (other @ weight.T + shift).log_softmax(-1)
+    shifted = Head(weight, shift=shift)
+    found = target_log_probabilities(other, shifted, targets, block=64)
+    assert torch.allclose(found, expected.gather(-1, targets[:, None])[:, 0], atol=1e-5)
+    now = (hidden @ weight.T).log_softmax(-1)
+    divergence = (expected.exp() * (expected - now)).sum(-1)
+    assert torch.allclose(kl_divergence(hidden, Head(weight), other, shifted, block=64), divergence, atol=1e-5)

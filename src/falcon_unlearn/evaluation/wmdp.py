@@ -105,7 +105,7 @@ class _Measured:
 
     @property
     def estimate(self) -> Estimate:
-        low, high = (interval(self.draws) if self.n + self.unscorable > 1 and self.n else None) or (None, None)
+        low, high = (interval(self.draws) if self.n > 1 else None) or (None, None)
         return Estimate(self.value, low, high, n=self.n, unscorable=self.unscorable)
 
 

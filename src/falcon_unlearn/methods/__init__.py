@@ -17,6 +17,7 @@ from falcon_unlearn.methods.ce_u import CeU, CeUConfig
 from falcon_unlearn.methods.circuit_breakers import CircuitBreakers, CircuitBreakersConfig
 from falcon_unlearn.methods.dpo import Dpo, DpoConfig
 from falcon_unlearn.methods.falcon import Falcon, FalconConfig
+from falcon_unlearn.methods.falcon_whole import WholeFalcon
 from falcon_unlearn.methods.grad_ascent import GradAscent, GradAscentConfig
 from falcon_unlearn.methods.grad_diff import GradDiff, GradDiffConfig
 from falcon_unlearn.methods.kl_min import KlMin, KlMinConfig
@@ -75,8 +76,10 @@ __all__ = [
     "UndialConfig",
     "Wga",
     "WgaConfig",
+    "WholeFalcon",
     "WholeModel",
     "WholeSetup",
+    "entry_of",
 ]
 
 MethodConfig = Annotated[
@@ -118,13 +121,13 @@ class MethodEntry:
     build: Callable[[Any, Any], Any]
     kind: Kind
     summary: str
-    alternatives: Literal["dont_know", "random"] | None = None
+    alternatives: Literal["dont_know", "random", "stand_in"] | None = None
 
+
+_FALCON = "contrastive unalignment: from one layer's activations to an offset vector, or of all layers to stand-ins"
 
 METHODS: Mapping[str, MethodEntry] = {
-    "falcon": MethodEntry(
-        FalconConfig, Falcon, "representation", "contrastive orthogonal unalignment of one layer's activations"
-    ),
+    "falcon": MethodEntry(FalconConfig, Falcon, "representation", _FALCON),
     "rmu": MethodEntry(RmuConfig, Rmu, "representation", "steers forget activations to a random direction"),
     "adaptive_rmu": MethodEntry(
         AdaptiveRmuConfig, AdaptiveRmu, "representation", "RMU with a coefficient that follows each token's norm"
@@ -155,3 +158,12 @@ METHODS: Mapping[str, MethodEntry] = {
         TaskVectorConfig, TaskVector, "edit", "finetunes on the forget data and goes the other way"
     ),
 }
+
+_WHOLE_FALCON = MethodEntry(FalconConfig, WholeFalcon, "whole", _FALCON, alternatives="stand_in")
+
+
+def entry_of(config: Any) -> MethodEntry:
+    """The line of the table that a validated config asks for; FALCON with stand-ins has one of its own."""
+    if isinstance(config, FalconConfig) and config.positives == "stand_in":
+        return _WHOLE_FALCON
+    return METHODS[config.name]

@@ -47,6 +47,7 @@ class WholeSetup:
         pad_id: token to pad with.
         seed: everything random in a method is a function of this seed and the step.
         retain_domains: how many of them take turns.
+        retain: all retain records.
     """
 
     model: WholeModel
@@ -56,6 +57,7 @@ class WholeSetup:
     pad_id: int
     seed: int
     retain_domains: int = 1
+    retain: Sequence[Encoded] = ()
 
     def alternative(self, step: int, batch: Batch) -> Batch:
         """Another answer for every record of ``batch``; the next one of each with every step."""

@@ -26,6 +26,7 @@ from falcon_unlearn.methods.base import (
     generator_for,
     masked_activations,
 )
+from falcon_unlearn.methods.falcon_whole import StandInConfig
 from falcon_unlearn.objectives.offset_vectors import (
     Nonlinearity,
     PrincipalSubspace,
@@ -41,8 +42,13 @@ class FalconConfig(Section):
     """Knobs of FALCON; a preset fills in what a recipe leaves out."""
 
     name: Literal["falcon"] = "falcon"
-    preset: Literal["default", "paper", "published_code"] = "default"
-    """default: what works on the embedded benchmark; paper: as published; published_code: as the authors' code does."""
+    preset: Literal["default", "layer", "paper", "published_code"] = "default"
+    """default: what works and holds on the embedded benchmark, on the whole model; layer: what works in one layer;
+    paper: as published; published_code: as the authors' code does."""
+    positives: Literal["offset", "stand_in"] = "offset"
+    """What forget activations are pulled to: an offset vector, in one layer; or stand-ins, in the whole model."""
+    stand_in: StandInConfig = StandInConfig()
+    """Where positives is stand_in."""
     offset: Literal["paper", "random", "published_code"] = "paper"
     """How the offset vector is made."""
     offset_rank: int | None = Field(None, ge=1)

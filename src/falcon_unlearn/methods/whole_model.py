@@ -7,9 +7,9 @@ and words at once; :mod:`falcon_unlearn.objectives.vocabulary` takes them block 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from falcon_unlearn.corpus.batching import Batch, LossMask
 from falcon_unlearn.errors import UserError
-from falcon_unlearn.model.decoder import find_layers, scope_parameters
+from falcon_unlearn.model.decoder import find_layers, first_tensor, scope_parameters
 from falcon_unlearn.objectives.likelihood import at_counted_tokens
 from falcon_unlearn.objectives.vocabulary import Head, target_log_probabilities
 
@@ -46,6 +46,27 @@ class Predictions:
         return at_counted_tokens(target_log_probabilities(self.hidden, self.head, self.targets), self.mask)
 
 
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One forward pass: outputs of some layers, and what is needed for the predictions at every position.
+
+    Attributes:
+        layers: outputs of the layers asked for, ``(layers, batch, length, hidden size)``.
+        final: final hidden states, ``(batch, length, hidden size)``.
+        head: makes logits of them.
+    """
+
+    layers: Tensor
+    final: Tensor
+    head: Head
+
+    def predictions(self, batch: Batch, loss_mask: LossMask) -> Predictions:
+        """What is needed to score the counted tokens of the batch."""
+        mask = batch.loss_mask(loss_mask).clone()
+        mask[:, 0] = False
+        return Predictions(self.final[:, :-1][mask[:, 1:]], self.head, batch.input_ids[mask], mask)
+
+
 class WholeModel:
     """A causal language model with its trained tensors set apart.
 
@@ -62,7 +83,8 @@ class WholeModel:
         self, model: PreTrainedModel, layers: Sequence[int] | None = None, modules: str | Sequence[str] = "all"
     ) -> None:
         self.model = model
-        self.stack_name, stack = find_layers(model)
+        self.stack_name, self._stack = find_layers(model)
+        stack = self._stack
         parameters = dict(model.named_parameters())
         if layers is None:
             self.parameter_names = tuple(parameters)
@@ -89,6 +111,11 @@ class WholeModel:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config(decoder=True).hidden_size)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
     def masters(self) -> dict[str, Tensor]:
         """Fresh fp32 leaf copies of the trained tensors, by :attr:`parameter_names`."""
         parameters = dict(self.model.named_parameters())
@@ -105,8 +132,33 @@ class WholeModel:
             loss_mask: which tokens count.
             masters: trained tensors, with gradients; None for the original model, without.
         """
-        mask = batch.loss_mask(loss_mask).clone()
-        mask[:, 0] = False
+        return self.run(batch, (), masters).predictions(batch, loss_mask)
+
+    def run(self, batch: Batch, layers: Sequence[int], masters: Mapping[str, Tensor] | None) -> Pass:
+        """Run the model over a batch and keep what some of its layers put out.
+
+        Args:
+            batch: right-padded.
+            layers: indices of decoder layers.
+            masters: trained tensors, with gradients; None for the original model, without.
+        """
+        kept: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+            def hook(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
+                kept[layer] = first_tensor(output)
+
+            return hook
+
+        handles = [self._stack[layer].register_forward_hook(keep(layer)) for layer in layers]
+        try:
+            final, head = self._forward(batch, masters)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Pass(torch.stack([kept[layer] for layer in layers]) if layers else final[None][:0], final, head)
+
+    def _forward(self, batch: Batch, masters: Mapping[str, Tensor] | None) -> tuple[Tensor, Head]:
         with torch.set_grad_enabled(masters is not None and torch.is_grad_enabled()):
             parameters = dict(self.model.named_parameters())
             # Not one dtype for all: some models keep norms or routers in fp32.
@@ -117,7 +169,7 @@ class WholeModel:
             head = self._head({**parameters, **values})
             if masters is None:
                 head = head.detach()
-            return Predictions(hidden[:, :-1][mask[:, 1:]], head, batch.input_ids[mask], mask)
+            return hidden, head
 
     def release(self) -> None:
         """Let go of the originals of all trained tensors: there is no reference any more, and no memory for one."""

@@ -128,6 +128,9 @@ class _Stand(TorchFunctionMode):
 
     Without values, attention would fall back to plain matrix products that keep all probabilities. The fused kernels
     of CPU and CUDA keep their output and one number a query; a Boolean mask becomes one of the queries' dtype.
+
+    Boolean tensors on the CPU are loss masks. They keep their values when a batch is moved, so that what they select
+    has its size.
     """
 
     def __torch_function__(
@@ -136,12 +139,31 @@ class _Stand(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__bool__ and args[0].is_meta:
             return True  # positions are those of one sequence, nothing is masked: transformers asks no other question
+        if func is Tensor.__float__ and args[0].is_meta:
+            return 0.0  # a set-up measures the data and chooses: what it runs is the same whatever it finds
+        if func is Tensor.to and args[0].dtype == torch.bool and args[1:2] == (torch.device("meta"),):
+            return args[0]
+        if func is Tensor.__getitem__ and args[0].is_meta:
+            return func(args[0], _positions(args[1]))
+        if any(isinstance(value, Tensor) and value.is_meta for value in args):
+            args = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in args)
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return _fused_attention(*args, **kwargs)
         if getattr(func, "__name__", "") == "_grouped_mm" and args[0].is_meta:
             # Each row meets one expert's matrix; on meta the operation itself takes bf16 only.
             return args[0] @ args[1][0]
         return func(*args, **kwargs)
+
+
+def _positions(index: Any) -> Any:
+    """An index of a meta tensor with numbers of positions in place of masks."""
+    if isinstance(index, tuple):
+        return tuple(part for item in index for part in (_positions(item) if _is_mask(item) else (item,)))
+    return tuple(part.to("meta") for part in index.nonzero(as_tuple=True)) if _is_mask(index) else index
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool and not value.is_meta
 
 
 def _fused_attention(  # noqa: PLR0917 (torch's signature)
@@ -240,10 +262,10 @@ def _meta_batch(shape: BatchShape, model: PreTrainedModel) -> Batch:
     size = (shape.records, shape.length)
     ids = torch.empty(size, dtype=torch.long, device="meta")
     mask = torch.empty(size, dtype=torch.bool, device="meta")
-    return Batch(ids, cast("Tensor", _attention_mask(shape, model)), mask, mask)
+    return Batch(ids, cast("Tensor", attention_mask(shape, model)), mask, mask)
 
 
-def _attention_mask(shape: BatchShape, model: PreTrainedModel) -> Tensor | None:
+def attention_mask(shape: BatchShape, model: PreTrainedModel) -> Tensor | None:
     """As transformers makes it of padding: Boolean for fused attention, else of the model's dtype."""
     if not shape.padded:
         return None
@@ -292,22 +314,22 @@ def head_flops(model: PreTrainedModel) -> int:
     return 0 if head is None else 2 * int(head.weight.numel())
 
 
-def scoring_peak(model: PreTrainedModel, shape: BatchShape, *, positions: int) -> int:
+def scoring_peak(model: PreTrainedModel, shape: BatchShape) -> int:
     """Peak bytes of log-probabilities of one batch, weights included.
 
     Args:
         model: whole :func:`blueprint`.
-        shape: the batch; ``tokens`` are those of its answers.
-        positions: columns that logits are computed for.
+        shape: the batch; ``tokens`` are the positions that logits are computed for.
     """
-    mask = _attention_mask(shape, model)
-    keep = {"logits_to_keep": positions} if _keeps_logits(model) else {}
+    mask = attention_mask(shape, model)
+    head = model.get_output_embeddings()
+    base = getattr(model, model.base_model_prefix, model)
     with metered(model) as meter, torch.no_grad():
         ids = torch.empty((shape.records, shape.length), dtype=torch.long, device="meta")
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
-        rows = logits.flatten(0, 1)[torch.empty(shape.tokens, dtype=torch.long, device="meta")]
-        del logits
-        block = rows[:_ROWS_PER_LOG_SOFTMAX].float()
+        hidden = base(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        rows = hidden.flatten(0, 1)[torch.empty(shape.tokens, dtype=torch.long, device="meta")]
+        logits = rows if head is None else head(rows)
+        block = logits[:_ROWS_PER_LOG_SOFTMAX].float()
         F.cross_entropy(block, torch.empty(len(block), dtype=torch.long, device="meta"), reduction="none")
     return meter.peak
 
@@ -324,7 +346,7 @@ def generation_peak(model: PreTrainedModel, records: int, length: int) -> int:
 def extraction_peak(model: PreTrainedModel, shape: BatchShape) -> int:
     """Peak bytes of one forward pass without head, weights included."""
     base = getattr(model, model.base_model_prefix, model)
-    mask = _attention_mask(shape, model)
+    mask = attention_mask(shape, model)
     with metered(model) as meter, torch.no_grad():
         ids = torch.empty((shape.records, shape.length), dtype=torch.long, device="meta")
         base(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -393,17 +415,30 @@ class StepMemory:
         return self.weights + self.masters + self.optimizer + self.gradients + self.activations
 
 
-def _phase(
-    decoder: SplitDecoder, masters: Mapping[str, Tensor], shape: BatchShape, objective: Objective
-) -> list[Tensor]:
-    """Gradients of one objective on one batch, as the trainer takes them."""
+Loss = Callable[[Mapping[str, Tensor]], Tensor | None]
+"""Masters to the loss of one side on its batch; None where there is none."""
+
+
+def _loss(
+    decoder: SplitDecoder, shape: BatchShape, objective: Objective, masters: Mapping[str, Tensor], *, cached: bool
+) -> Tensor:
+    if cached:
+        size = (shape.records, shape.length, decoder.hidden_size)
+        decoder.keep(_CachedActivations(size, decoder.model.dtype), [], 0, 1)
     prepared = decoder.prepare(_meta_batch(shape, decoder.model))
     counted = torch.empty(shape.tokens, dtype=torch.long, device="meta")
     updated, frozen = (
         hidden.flatten(0, 1)[counted] for hidden in (decoder.updated(prepared, masters), prepared.frozen)
     )
-    parameters = list(masters.values())
-    found = torch.autograd.grad(objective(updated, frozen), parameters, allow_unused=True)
+    return objective(updated, frozen)
+
+
+def gradients_of(loss: Loss, masters: Mapping[str, Tensor]) -> list[Tensor]:
+    """Gradients of one loss on one batch, as the trainer takes them."""
+    parameters, value = list(masters.values()), loss(masters)
+    if value is None:
+        return [torch.zeros_like(parameter) for parameter in parameters]
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g.contiguous() for g, p in zip(found, parameters, strict=True)]
 
 
@@ -416,10 +451,8 @@ def step_flops(
 
     def flops(length: int, *, cached: bool) -> int:
         shape = BatchShape(1, length, length, padded=False)
-        if cached:
-            decoder.keep(_CachedActivations((1, length, decoder.hidden_size), model.dtype), [], 0, 1)
         with metered(model) as meter:
-            _phase(decoder, masters, shape, objective)
+            gradients_of(partial(_loss, decoder, shape, objective, cached=cached), masters)
         return meter.flops
 
     both = _per_record(partial(flops, cached=False))
@@ -454,10 +487,41 @@ def step_memory(
             (:meth:`~falcon_unlearn.model.decoder.SplitDecoder.release`). The cache itself is not counted.
     """
     decoder = SplitDecoder(model, layers, modules)
-    released = _released_bytes(model, decoder) if cached else 0
+    return training_memory(
+        model,
+        decoder.masters,
+        partial(_loss, decoder, forget, objectives[0], cached=cached),
+        partial(_loss, decoder, retain, objectives[1], cached=cached),
+        optimizer=optimizer,
+        micro_batches=micro_batches,
+        released=_released_bytes(model, decoder) if cached else 0,
+    )
+
+
+def training_memory(
+    model: PreTrainedModel,
+    make_masters: Callable[[], Mapping[str, Tensor]],
+    forget: Loss,
+    retain: Loss,
+    *,
+    optimizer: Callable[[Sequence[Tensor]], torch.optim.Optimizer],
+    micro_batches: bool = False,
+    released: int = 0,
+) -> StepMemory:
+    """Memory of one step of the trainer with any two losses, in the state it is in after the first one.
+
+    Args:
+        model: :func:`blueprint` that the losses run.
+        make_masters: makes the trained tensors.
+        forget: loss on the forget (micro-)batch.
+        retain: loss on the retain (micro-)batch.
+        optimizer: makes the optimiser of the masters.
+        micro_batches: gradients of several micro-batches are added up.
+        released: bytes of frozen weights that are gone when training begins.
+    """
     with metered(model) as meter:
         weights = meter.live
-        masters = decoder.masters()
+        masters = make_masters()
         parameters = list(masters.values())
         held = meter.live
         chosen = optimizer(parameters)
@@ -465,15 +529,12 @@ def step_memory(
         with_state = meter.live
         phases: list[tuple[str, int, int]] = []
         gradients: list[list[Tensor]] = []
-        for name, shape, objective in zip(("forget", "retain"), (forget, retain), objectives, strict=True):
-            if cached:
-                size = (shape.records, shape.length, decoder.hidden_size)
-                decoder.keep(_CachedActivations(size, model.dtype), [], 0, 1)
+        for name, loss in (("forget", forget), ("retain", retain)):
             gradients.append([])
             for _ in range(2 if micro_batches else 1):
                 before = meter.live
                 meter.restart_peak()
-                found = _phase(decoder, masters, shape, objective)
+                found = gradients_of(loss, masters)
                 phases.append((name, before, meter.peak))
                 gradients[-1] = gradients[-1] or found
                 del found

@@ -28,6 +28,23 @@ def info_nce(anchor: Tensor, positive: Tensor, negatives: Tensor, temperature: f
     return -F.log_softmax(logits, dim=-1)[:, 0].mean()
 
 
+def contrast(anchor: Tensor, positive: Tensor, negative: Tensor, temperature: float) -> Tensor:
+    """:func:`info_nce` with one negative a token, of each token: ``-log sigmoid((cos(a, p) - cos(a, n)) / tau)``.
+
+    Args:
+        anchor: updated activations, ``(..., D)``.
+        positive: what each is pulled to, ``(..., D)``.
+        negative: what each is pushed from, ``(..., D)``.
+        temperature: tau.
+
+    Returns:
+        ``(...)``.
+    """
+    to_positive = F.cosine_similarity(anchor.float(), positive.float(), dim=-1)
+    to_negative = F.cosine_similarity(anchor.float(), negative.float(), dim=-1)
+    return -F.logsigmoid((to_positive - to_negative) / temperature)
+
+
 def cosine_retention(updated: Tensor, frozen: Tensor) -> Tensor:
     """Retain loss (FALCON, eq. 9): one minus the mean cosine of updated and frozen activations, both ``(N, D)``."""
     return 1 - F.cosine_similarity(updated.float(), frozen.float(), dim=-1).mean()

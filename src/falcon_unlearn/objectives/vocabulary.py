@@ -34,13 +34,15 @@ class Head:
 
     ``weight`` is ``(V, D)``, of the same dtype as the hidden states, and may be tied to the embedding; ``bias`` is
     ``(V,)``. ``scale`` multiplies the logits (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``);
-    ``softcap`` c stands for ``c * tanh(x / c)`` (Gemma 2).
+    ``softcap`` c stands for ``c * tanh(x / c)`` (Gemma 2). ``shift``, ``(V,)``, is added to the logits at the end; a
+    head that has one is a reference, through which no gradient flows.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    shift: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., V)``, in fp32 (fp64 for fp64 input) after the product."""
@@ -50,12 +52,13 @@ class Head:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return logits if self.shift is None else logits + self.shift
 
     def rows(self, start: int, end: int) -> Head:
         """The head of a part of the vocabulary."""
         bias = None if self.bias is None else self.bias[start:end]
-        return dataclasses.replace(self, weight=self.weight[start:end], bias=bias)
+        shift = None if self.shift is None else self.shift[start:end]
+        return dataclasses.replace(self, weight=self.weight[start:end], bias=bias, shift=shift)
 
     def detach(self) -> Head:
         """The same tensors without their gradients."""
@@ -173,7 +176,7 @@ def _per_position(hidden: Tensor, head: Head, measure: _Measure, block: int | No
         rows = BLOCK_BYTES // (4 * max(len(hidden), 1))
         block = max(rows - rows % _SMALLEST_BLOCK, _SMALLEST_BLOCK)
     values: Tensor = _PerPosition.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, head.scale, head.softcap, measure, block
+        hidden, head.weight, head.bias, head.scale, head.softcap, head.shift, measure, block
     )
     return values
 
@@ -366,12 +369,14 @@ class _PerPosition(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         softcap: float | None,
+        shift: Tensor | None,
         measure: _Measure,
         rows: int,
     ) -> Tensor:
         like = torch.empty((len(hidden), 1), dtype=_wide(hidden.dtype), device=hidden.device)
-        value, *known = measure.reduce(_blocks(hidden, Head(weight, bias, scale, softcap), rows), like)
+        value, *known = measure.reduce(_blocks(hidden, Head(weight, bias, scale, softcap, shift), rows), like)
         ctx.save_for_backward(hidden, weight, bias, *known)
+        assert shift is None or not any(ctx.needs_input_grad)
         ctx.scale, ctx.softcap, ctx.measure, ctx.rows = scale, softcap, measure, rows
         return value
 
@@ -398,4 +403,4 @@ class _PerPosition(torch.autograd.Function):
             del block, slope  # or they stay until the next block's logits are made
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient.to(hidden.dtype)
-        return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
+        return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None, None
