@@ -32,6 +32,7 @@ from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.batching import Encoder
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.errors import UserError
+from falcon_unlearn.model.loading import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -198,20 +199,21 @@ class _Loaded:
     ) -> AttackRun:
         """One attack on one model."""
         model, original = self.get(name, with_original=settings.uses_original)
-        (run,) = run_attacks(
-            {attack: settings},
-            model,
-            name,
-            self._models[name].encoder,
-            data,
-            original=original,
-            batch_size=limits.batch_size,
-            max_new_tokens=limits.max_new_tokens,
-            max_length=limits.max_length,
-            seed=limits.seed,
-            seconds=seconds,
-            before=before,
-        )
+        with quiet_transformers():
+            (run,) = run_attacks(
+                {attack: settings},
+                model,
+                name,
+                self._models[name].encoder,
+                data,
+                original=original,
+                batch_size=limits.batch_size,
+                max_new_tokens=limits.max_new_tokens,
+                max_length=limits.max_length,
+                seed=limits.seed,
+                seconds=seconds,
+                before=before,
+            )
         return run
 
     def drop(self, name: str) -> None:

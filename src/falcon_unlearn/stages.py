@@ -692,10 +692,13 @@ def alternatives_of(recipe: Recipe, encoded: EncodedCorpus, encoder: Encoder) ->
     limit = min(report.limit for report in encoded.lengths.values())
     if kind == "stand_in":
         assert isinstance(recipe.method, FalconConfig)
+        settings = recipe.method.stand_in
         found: dict[str, tuple[Encoded, ...]] = {}
         for domain, items in encoded.forget.items():
             records = encoded.records[f"forget.{domain}"]
-            options = stand_ins(records, retain, encoder, recipe.seed, count=recipe.method.stand_in.drawn, limit=limit)
+            options = stand_ins(
+                records, retain, encoder, recipe.seed, count=settings.count, spare=settings.spare, limit=limit
+            )
             found |= {record_key(item): option for item, option in zip(items, options, strict=True)}
         return found
     return {

@@ -14,6 +14,7 @@ from falcon_unlearn.console import Console
 from falcon_unlearn.engine.trainer import is_out_of_memory
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.suite import Rows, Subject, Suite
+from falcon_unlearn.model.loading import quiet_transformers
 
 _UNITS_PER_CHUNK = 256
 _DONE = "units_done"
@@ -74,7 +75,8 @@ def _score_fitting(
     """Score with as large a batch as fits; what had to be halved stays halved."""
     while True:
         try:
-            return suite.score(part, units, subject), subject
+            with quiet_transformers():  # what is too long is counted, not warned about
+                return suite.score(part, units, subject), subject
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -124,9 +124,10 @@ def stand_ins(
     seed: int,
     *,
     count: int,
+    spare: int = 0,
     limit: int | None = None,
 ) -> list[tuple[Encoded, ...]]:
-    """Stand-ins of each forget record, ``count`` of them.
+    """Stand-ins of each forget record, ``count`` of them, and of renamed ones ``spare`` more.
 
     A record that names its ``entity`` and mentions it gets that name replaced by one nobody has (the same for all
     records of an entity); any other gets the retain records whose question is most like its own.
@@ -137,13 +138,14 @@ def stand_ins(
         encoder: of the model at hand.
         seed: the choice depends on this and the record.
         count: stand-ins for each record.
+        spare: further ones under other names, from which those that remind the model of the answer can be replaced.
         limit: tokens; what is longer is cut off.
 
     Raises:
         UserError: a record has no stand-in, as there are no retain records.
     """
     entities = list(dict.fromkeys(r.entity for r in records if r.entity is not None and mentions_entity(r)))
-    names = new_names(entities, [r.entity for r in others if r.entity], seed, count)
+    names = new_names(entities, [r.entity for r in others if r.entity], seed, count + spare)
     likeness = Likeness(others)
     result = []
     for record in records:

@@ -65,7 +65,7 @@ class StandInConfig(Section):
     prior_smoothing: float | None = Field(1e-3, gt=0)
     """e of the correction of p_s; empty: no correction."""
     spare: int = Field(4, ge=0)
-    """Further stand-ins drawn for each record, in case the first are passed over."""
+    """Further names drawn for each record, in case the first are passed over."""
     pass_over_above: float = Field(0.1, gt=0, le=1)
     """A stand-in is passed over where every rare token of the right answer has at least this probability."""
     npo_weight: float = Field(0.0, ge=0)
@@ -78,11 +78,6 @@ class StandInConfig(Section):
     """v, of that term."""
     retain_representation_weight: float = Field(3.0, ge=0)
     """v_r, of one minus the cosine of updated and original retain activations."""
-
-    @property
-    def drawn(self) -> int:
-        """Stand-ins to draw for each record."""
-        return self.count + self.spare
 
     @model_validator(mode="after")
     def _something_is_forgotten(self) -> StandInConfig:
