@@ -1,6 +1,7 @@
 """A tiny Llama that has learnt forty invented facts by heart, its oracle, and recipes over them."""
 
 import copy
+import gc
 import json
 import os
 import random
@@ -163,3 +164,42 @@ def recipe_for(tiny_recipe, tmp_path):
 def model_copy(tiny, tmp_path):
     """A copy of the tiny model that a test may spoil."""
     return Path(shutil.copytree(tiny.model, tmp_path / "model"))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self):
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture
+def call(capfd):
+    """Run a command in this process."""
+
+    def run(*arguments):
+        from falcon_unlearn import cli
+
+        capfd.readouterr()
+        try:
+            code = cli.main([str(a) for a in arguments])
+        except SystemExit as leave:
+            code = leave.code
+        return Ended(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def small_heap():
+    """Collecting all of torch's objects time and again takes longer than the tests."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

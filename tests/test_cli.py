@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -26,34 +25,6 @@ from falcon_unlearn.methods import METHODS
 from falcon_unlearn.report import html
 
 NAMES = ("layer_selection.json", "patch/patch.safetensors", "metrics.json", "scores/before.jsonl", "scores/after.jsonl")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self):
-        return [line for line in self.err.splitlines() if line.startswith("error: ")]
-
-
-@pytest.fixture
-def call(capfd):
-    """Run a command in this process."""
-
-    def run(*arguments):
-        capfd.readouterr()
-        try:
-            code = cli.main([str(a) for a in arguments])
-        except SystemExit as leave:
-            code = leave.code
-        return Ended(code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 """``evaluate`` and ``score-log``: what they score, write, print and refuse."""
 
-import gc
 import json
 import math
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,37 +21,9 @@ PARTS = ("forget", "retain", "real_authors", "world_facts")
 COLUMNS = ("question", "answer", "perturbed_answer", "entity")
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _small_heap(tiny, oracle):
-    """Collecting all of torch's objects time and again takes longer than the tests."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def call(capfd):
-    """Run a command in this process."""
-
-    def run(*arguments):
-        capfd.readouterr()
-        try:
-            code = cli.main([str(a) for a in arguments])
-        except SystemExit as leave:
-            code = leave.code
-        return Ended(code, *capfd.readouterr())
-
-    return run
+def _small_heap(tiny, oracle, small_heap):
+    """With the session's models already in it."""
 
 
 def write_tofu(folder):

@@ -26,9 +26,9 @@ from falcon_unlearn.console import Console, in_columns, number
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import SourceConfig, content_hash, load_records
 from falcon_unlearn.errors import UserError
-from falcon_unlearn.output_folder import differing, open_output, read_settings
+from falcon_unlearn.output_folder import open_output
 from falcon_unlearn.recipe import apply_overrides, validated
-from falcon_unlearn.subjects import KnownModel, ModelRequest, computing_with, known_model, request_defaults
+from falcon_unlearn.subjects import KnownModel, ModelRequest, computing_with, known_model, raw_request
 
 SETTINGS_FILE = "attack.yaml"
 _NOT_COMPARED = ("output", "device", "threads", "attacks.seconds")
@@ -95,24 +95,15 @@ def attack_request(
         battery = named(attacks)
     except ValueError as error:
         raise UserError(f"--attack: {error}") from error
-    defaults = request_defaults(model)
-    run_data = {key: value for key, value in defaults.pop("data", {}).items() if value is not None}
-    raw: dict[str, Any] = {
-        "model": model,
-        **defaults,
-        **run_data,
-        "patches": [*defaults.get("patches", ()), *patches],
-        **({"oracle": oracle} if oracle is not None else {}),
-        **({"original": original} if original is not None else {}),
-        "output": output,
-        "attacks": battery,
-    }
+    raw, data = raw_request(model, output, patches, oracle)
+    raw |= {key: value for key, value in data.items() if value is not None}
+    raw |= {"original": original, "attacks": battery}
     raw = apply_overrides(raw, [_placed(text, battery) for text in overrides])
     for key in ("forget", "retain"):
         if key not in raw:
             several = f"of the several domains of this run, name one for {key}: {key}=FILE"
             missing = f"{key} records are needed: {key}=FILE, or give the folder of a run in place of the model"
-            raise UserError(f"attack: {several if defaults else missing}")
+            raise UserError(f"attack: {several if data else missing}")
     return validated(AttackRequest, raw, "attack")
 
 
@@ -176,7 +167,8 @@ def _attack(request: AttackRequest, console: Console, *, resume: bool, overwrite
         SETTINGS_FILE,
         what="attack",
         is_ours=_is_ours,
-        same=lambda: _refuse_another(folder, settings),
+        settings=settings,
+        not_compared=_NOT_COMPARED,
         resume=resume,
         overwrite=overwrite,
     )
@@ -206,15 +198,6 @@ def _settings(request: AttackRequest, data: AttackData, known: Mapping[str, Know
             },
         },
     }
-
-
-def _refuse_another(folder: Path, settings: Mapping[str, Any]) -> None:
-    earlier = read_settings(folder / SETTINGS_FILE, "attack")
-    changed = [key for key in differing(earlier, settings, _NOT_COMPARED) if key not in _NOT_COMPARED]
-    if changed:
-        raise UserError(
-            f"output: {folder} holds another attack ({', '.join(changed)} differ); use --overwrite or another folder"
-        )
 
 
 def _is_ours(name: Path) -> bool:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
@@ -145,15 +145,15 @@ def run_battery(
             runs.append(run)
         loaded.drop(name)
     results = summarise(attacks, runs)
-    strongest = worst(results)
-    write_json(
-        folder / RESULTS_FILE,
-        {
-            "attacks": results,
-            "worst": None if strongest is None else {"attack": strongest[0], "recovery": strongest[1]},
-        },
-    )
+    write_json(folder / RESULTS_FILE, battery_results(results))
     return results
+
+
+def battery_results(results: Sequence[AttackResult]) -> dict[str, Any]:
+    """What ``attacks.json`` holds: every attack, and the strongest recovery."""
+    strongest = worst(results)
+    found = None if strongest is None else {"attack": strongest[0], "recovery": strongest[1]}
+    return {"attacks": results, "worst": found}
 
 
 class _Loaded:

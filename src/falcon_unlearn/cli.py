@@ -381,12 +381,15 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 1 if comparison.defects else 0
 
 
+def _names_and_overrides(given: Sequence[str], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands behind ``--suite`` or ``--attack``: a word that reads key=value is an override."""
+    return [word for word in given if "=" not in word], [*overrides, *(word for word in given if "=" in word)]
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from falcon_unlearn.evaluate import evaluate, evaluation_request, results_table
 
-    # A name behind --suite that reads key=value is an override.
-    suites = [name for name in arguments.suite if "=" not in name]
-    overrides = [*arguments.overrides, *(name for name in arguments.suite if "=" in name)]
+    suites, overrides = _names_and_overrides(arguments.suite, arguments.overrides)
     request = evaluation_request(
         arguments.model,
         suites,
@@ -406,23 +409,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _attack(arguments: argparse.Namespace) -> int:
     from falcon_unlearn.attack import attack, attack_request, attacks_table
+    from falcon_unlearn.attack_runs import battery_results
 
+    attacks, overrides = _names_and_overrides(arguments.attack, arguments.overrides)
     request = attack_request(
         arguments.model,
-        [name for name in arguments.attack if "=" not in name],
+        attacks,
         arguments.out,
         patches=arguments.patch,
         original=arguments.original,
         oracle=arguments.oracle,
-        overrides=[*arguments.overrides, *(name for name in arguments.attack if "=" in name)],
+        overrides=overrides,
     )
     done = attack(request, resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments))
     if arguments.json:
-        from falcon_unlearn.attacks.base import worst
-
-        strongest = worst(done.results)
-        found = None if strongest is None else {"attack": strongest[0], "recovery": strongest[1]}
-        _print_json({"output": str(done.folder), "attacks": done.results, "worst": found})
+        _print_json({"output": str(done.folder), **battery_results(done.results)})
     else:
         print(attacks_table(done.results))
         print(f"\nresults {done.folder / 'attacks.json'}\nsamples {done.folder / 'attacks'}")

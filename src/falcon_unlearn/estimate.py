@@ -26,7 +26,7 @@ from falcon_unlearn.engine.optimizers import build_optimizer
 from falcon_unlearn.engine.trainer import TrainingConfig, TrainingData
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.log_probabilities import PrefixTree, planned_passes
-from falcon_unlearn.evaluation.scoring import MAX_TEXT_ANSWER_TOKENS
+from falcon_unlearn.evaluation.scoring import text_halves
 from falcon_unlearn.methods import FalconConfig, RmuConfig, ScrubConfig, WholeModel, WholeSetup, entry_of
 from falcon_unlearn.methods.falcon_whole import aligned
 from falcon_unlearn.methods.whole_model import Pass
@@ -310,9 +310,7 @@ def _scored(recipe: Recipe, encoder: Encoder, records: Sequence[Record], limit: 
     for record in records:
         answer = encoder.encode(record)
         if record.kind == "text":
-            ids = answer.ids[:limit]
-            start = (len(ids) + 1) // 2
-            answer = Encoded(ids[: start + MAX_TEXT_ANSWER_TOKENS], start)
+            answer = text_halves(answer, limit)
         prompts.append(Encoded(answer.ids[: answer.answer_start], answer.answer_start))
         paraphrase = [] if record.paraphrased_answer is None else [record.paraphrased_answer]
         others = [encoder.encode(record, answer=text) for text in (*paraphrase, *record.perturbed_answers)]

@@ -16,9 +16,9 @@ from falcon_unlearn.console import Console, in_columns, number
 from falcon_unlearn.errors import UserError, did_you_mean
 from falcon_unlearn.evaluation.suite import Rows, Subject, Suite
 from falcon_unlearn.evaluation.suites import SUITES, SuitesConfig, open_suites
-from falcon_unlearn.output_folder import differing, open_output, read_settings
+from falcon_unlearn.output_folder import open_output
 from falcon_unlearn.recipe import apply_overrides, validated
-from falcon_unlearn.subjects import KnownModel, ModelRequest, computing_with, known_model, request_defaults, settings_of
+from falcon_unlearn.subjects import KnownModel, ModelRequest, computing_with, known_model, raw_request, settings_of
 from falcon_unlearn.suite_scores import read_suite, score_suite
 
 SETTINGS_FILE = "evaluation.yaml"
@@ -73,16 +73,8 @@ def evaluation_request(
     for name in suites:
         if name not in SUITES:
             raise UserError(f"--suite {name}: unknown{did_you_mean(name, SUITES)}; known: {', '.join(SUITES)}")
-    defaults = request_defaults(model)
-    defaults.pop("data", None)
-    raw: dict[str, Any] = {
-        "model": model,
-        **defaults,
-        "patches": [*defaults.get("patches", ()), *patches],
-        **({"oracle": oracle} if oracle is not None else {}),
-        "output": output,
-        "suites": {name: {} for name in suites},
-    }
+    raw, _ = raw_request(model, output, patches, oracle)
+    raw["suites"] = {name: {} for name in suites}
     return validated(EvaluationRequest, apply_overrides(raw, [_placed(text, suites) for text in overrides]), "evaluate")
 
 
@@ -124,7 +116,8 @@ def _evaluate(request: EvaluationRequest, console: Console, *, resume: bool, ove
         SETTINGS_FILE,
         what="evaluation",
         is_ours=_is_ours,
-        same=lambda: _refuse_another(folder, settings),
+        settings=settings,
+        not_compared=_NOT_COMPARED,
         resume=resume,
         overwrite=overwrite,
     )
@@ -174,16 +167,6 @@ def _settings(
             **{f"{name}.{part}": digest for name, suite in suites.items() for part, digest in suite.content.items()},
         },
     }
-
-
-def _refuse_another(folder: Path, settings: Mapping[str, Any]) -> None:
-    earlier = read_settings(folder / SETTINGS_FILE, "evaluation")
-    changed = [key for key in differing(earlier, settings, _NOT_COMPARED) if key not in _NOT_COMPARED]
-    if changed:
-        raise UserError(
-            f"output: {folder} holds another evaluation ({', '.join(changed)} differ); "
-            "use --overwrite or another folder"
-        )
 
 
 def _is_ours(name: Path) -> bool:

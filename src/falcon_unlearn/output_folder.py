@@ -18,7 +18,8 @@ def open_output(
     *,
     what: str,
     is_ours: Callable[[Path], bool],
-    same: Callable[[], None],
+    settings: Mapping[str, Any],
+    not_compared: Sequence[str],
     resume: bool,
     overwrite: bool,
     allowed: Sequence[str] = (),
@@ -30,7 +31,8 @@ def open_output(
         marker: the file by which one of ours is known.
         what: what is kept there ("run"), for messages.
         is_ours: whether a name relative to the folder is something we write; nothing else is ever removed.
-        same: raises UserError where the folder holds something else than what is to be resumed.
+        settings: what ``marker`` must hold for a folder to be gone on with.
+        not_compared: dotted keys of the settings that may differ.
         resume: go on in the folder.
         overwrite: remove what stands there.
         allowed: names that may already stand there; they are never removed.
@@ -51,7 +53,7 @@ def open_output(
     elif present and not resume:
         raise UserError(f"output: {path} is not empty; go on there with --resume, replace it with --overwrite")
     elif present:
-        same()
+        _refuse_another(path / marker, what, settings, not_compared)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,22 +81,22 @@ def is_temporary(path: Path) -> bool:
     return any(part.startswith(".") and part.endswith(".tmp") for part in path.parts)
 
 
-def read_settings(file: Path, what: str) -> Mapping[str, Any]:
-    """The settings that a folder's marker file holds.
-
-    Raises:
-        UserError: it is damaged.
-    """
+def _refuse_another(file: Path, what: str, settings: Mapping[str, Any], not_compared: Sequence[str]) -> None:
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        earlier = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        settings = None
-    if not isinstance(settings, Mapping):
+        earlier = None
+    if not isinstance(earlier, Mapping):
         raise UserError(f"{file}: damaged, so the {what} cannot be resumed; use --overwrite or another folder")
-    return settings
+    changed = [key for key in _differing(earlier, settings, not_compared) if key not in not_compared]
+    if changed:
+        other = "a run of another recipe" if what == "run" else f"another {what}"
+        raise UserError(
+            f"output: {file.parent} holds {other} ({', '.join(changed)} differ); use --overwrite or another folder"
+        )
 
 
-def differing(left: Any, right: Any, ignored: Sequence[str] = (), prefix: str = "") -> list[str]:
+def _differing(left: Any, right: Any, ignored: Sequence[str], prefix: str = "") -> list[str]:
     """Dotted keys at which two settings differ, ``ignored`` ones left out."""
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         keys = dict.fromkeys((*left, *right))
@@ -102,6 +104,6 @@ def differing(left: Any, right: Any, ignored: Sequence[str] = (), prefix: str = 
             name
             for key in keys
             if f"{prefix}{key}" not in ignored
-            for name in differing(left.get(key), right.get(key), ignored, f"{prefix}{key}.")
+            for name in _differing(left.get(key), right.get(key), ignored, f"{prefix}{key}.")
         ]
     return [] if left == right else [prefix.rstrip(".")]

@@ -19,7 +19,7 @@ from falcon_unlearn.artifacts import (
     write_jsonl,
 )
 from falcon_unlearn.errors import UserError
-from falcon_unlearn.output_folder import differing, open_output, read_settings
+from falcon_unlearn.output_folder import open_output
 from falcon_unlearn.recipe import Recipe, dump_recipe, save_recipe
 from falcon_unlearn.stages import with_sets
 
@@ -122,7 +122,8 @@ def open_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool, allowed: S
         "recipe.yaml",
         what="run",
         is_ours=_is_ours,
-        same=lambda: _same_recipe(recipe, path),
+        settings=recipe.model_dump(mode="json"),
+        not_compared=_NOT_COMPARED,
         resume=resume,
         overwrite=overwrite,
         allowed=allowed,
@@ -135,18 +136,6 @@ def _is_ours(name: Path) -> bool:
     of_suite = parent == "scores" and model in {"before", "after", "oracle"} and name.suffix == ".jsonl"
     of_attack = parent == "attacks" and model in {"original", "unlearned", "oracle"} and name.suffix == ".json"
     return name.as_posix() in _CONTENT or of_suite or of_attack
-
-
-def _same_recipe(recipe: Recipe, path: Path) -> None:
-    earlier = read_settings(path / "recipe.yaml", "run")
-    changed = [
-        key for key in differing(earlier, recipe.model_dump(mode="json"), _NOT_COMPARED) if key not in _NOT_COMPARED
-    ]
-    if changed:
-        raise UserError(
-            f"output: {path} holds a run of another recipe ({', '.join(changed)} differ); "
-            "use --overwrite or another folder"
-        )
 
 
 def start_run(folder: RunFolder, recipe: Recipe, corpus_facts: Mapping[str, Any]) -> None:

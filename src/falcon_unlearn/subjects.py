@@ -108,7 +108,31 @@ def known_model(request: ModelRequest, name: str, key: str, patches: Sequence[st
     return KnownModel(source, read_patches(source, [Path(folder) for folder in patches]), encoder)
 
 
-def request_defaults(name: str) -> dict[str, Any]:
+def raw_request(
+    model: str, output: str, patches: Sequence[str], oracle: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a command line says about its models, laid on what the folder of a run says about itself.
+
+    Args:
+        model: folder or hub id, or the folder of a run.
+        output: folder for the results.
+        patches: patch folders, the earliest first; of a run they stand on its own patch.
+        oracle: folder or hub id.
+
+    Returns:
+        The keys of a :class:`ModelRequest`, and the run's ``data`` (empty without a run): see :func:`run_defaults`.
+
+    Raises:
+        UserError: as :func:`run_defaults`.
+    """
+    defaults = run_defaults(model)
+    data = defaults.pop("data", {})
+    named = {"oracle": oracle} if oracle is not None else {}
+    stack = [*defaults.get("patches", ()), *patches]
+    return {"model": model, **defaults, **named, "patches": stack, "output": output}, data
+
+
+def run_defaults(name: str) -> dict[str, Any]:
     """What the folder of a finished run says about its model, empty for any other name.
 
     Returns:

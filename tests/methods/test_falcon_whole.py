@@ -544,7 +544,7 @@ def reminds(model, stand_in, retain, above):
 
 def used(method, records=RECORDS, steps=12):
     """Stand-ins of each record in the order of their turns, once each."""
-    turns = [method._of(step, collate(records, 0)).records for step in range(steps)]
+    turns = [method.setup.alternative(step, collate(records, 0)).records for step in range(steps)]
     return [tuple(dict.fromkeys(column)) for column in zip(*turns, strict=True)]
 
 

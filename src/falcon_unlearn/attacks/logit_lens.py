@@ -26,7 +26,7 @@ from falcon_unlearn.corpus.batching import Batch, Encoded, Encoder, collate, len
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.intervals import mean_estimate
-from falcon_unlearn.evaluation.scoring import MAX_TEXT_ANSWER_TOKENS
+from falcon_unlearn.evaluation.scoring import fitted
 from falcon_unlearn.methods.whole_model import WholeModel
 from falcon_unlearn.model.decoder import find_layers, first_tensor
 from falcon_unlearn.model.loading import context_length
@@ -358,15 +358,6 @@ def _scores(
     )
 
 
-def _fitted(encoded: Encoded, record: Record, limit: int | None) -> Encoded:
-    """Cut as the evaluation does it: a text in halves, and nothing of what is too long."""
-    if record.kind == "text":
-        ids = encoded.ids[:limit]
-        start = (len(ids) + 1) // 2
-        return Encoded(ids[: start + MAX_TEXT_ANSWER_TOKENS], start)
-    return Encoded((), 0) if limit is not None and len(encoded) > limit else encoded
-
-
 class LogitLensConfig(AttackConfig):
     """Read every layer, and attention and MLP of each, through the model's final norm and head."""
 
@@ -431,7 +422,7 @@ class LogitLensConfig(AttackConfig):
             texts = [record.answer]
             if self.options and record.perturbed_answers:
                 texts += [record.paraphrased_answer or record.answer, *record.perturbed_answers]
-            groups.append([_fitted(encoder.encode(record, answer=text), record, limit) for text in texts])
+            groups.append([fitted(encoder.encode(record, answer=text), record, limit) for text in texts])
         flat = [item for group in groups for item in group]
         read, passes = read_all(
             lens, flat, encoder.pad_id, target.batch_size, device=target.device, deadline=target.deadline

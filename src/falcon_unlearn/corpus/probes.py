@@ -72,7 +72,9 @@ class Probe:
     goes_on: bool = False
 
 
-_UNSPACED_SCRIPTS = frozenset({"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"})
+UNSPACED_SCRIPTS = frozenset({"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"})
+"""Scripts written without spaces between words, by the first word of their letters' Unicode names."""
+
 # A full stop of the Latin kind needs white space behind it, the others do not.
 _SENTENCE_END = re.compile(r"[.!?…؟۔।॥]+[\"'”’»)\]]*(?=\s)|[。！？]+[”’」』）]*|\n\s*\n|\n(?=\s*\S)")
 _PIECE = re.compile(r"[^\s，。、；：！？「」『』《》（）“”„«»\"…—]+")
@@ -120,7 +122,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 
 def _unspaced(text: str) -> bool:
-    return any(unicodedata.name(char, "").split(" ", 1)[0].split("-")[0] in _UNSPACED_SCRIPTS for char in text)
+    return any(unicodedata.name(char, "").split(" ", 1)[0].split("-")[0] in UNSPACED_SCRIPTS for char in text)
 
 
 def _words(text: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -175,6 +175,12 @@ def _groups(
     return [group(members, member_clusters), group(non_members, non_member_clusters)]
 
 
+def _of_two(statistic: Callable[..., Numbers], groups: Sequence[Group], seed: int) -> Estimate:
+    """A weighted statistic of members and non-members, drawn independently."""
+    ours, theirs = (g.values[:, 0] for g in groups)
+    return bootstrap(groups, lambda counts: statistic(ours, theirs, *counts), seed=seed)
+
+
 def auc_estimate(
     members: Sequence[float],
     non_members: Sequence[float],
@@ -184,9 +190,7 @@ def auc_estimate(
     seed: int = 0,
 ) -> Estimate:
     """:func:`auc` with its bootstrap interval; members and non-members are drawn independently, by clusters."""
-    groups = _groups(members, non_members, member_clusters, non_member_clusters)
-    ours, theirs = (g.values[:, 0] for g in groups)
-    return bootstrap(groups, lambda counts: weighted_auc(ours, theirs, *counts), seed=seed)
+    return _of_two(weighted_auc, _groups(members, non_members, member_clusters, non_member_clusters), seed)
 
 
 def tpr_estimate(
@@ -198,9 +202,7 @@ def tpr_estimate(
     seed: int = 0,
 ) -> Estimate:
     """:func:`true_positive_rate` with its bootstrap interval."""
-    groups = _groups(members, non_members, member_clusters, non_member_clusters)
-    ours, theirs = (g.values[:, 0] for g in groups)
-    return bootstrap(groups, lambda counts: weighted_tpr(ours, theirs, *counts), seed=seed)
+    return _of_two(weighted_tpr, _groups(members, non_members, member_clusters, non_member_clusters), seed)
 
 
 def privleak_estimate(

@@ -6,11 +6,11 @@ import functools
 import unicodedata
 from typing import TYPE_CHECKING
 
+from falcon_unlearn.corpus.probes import UNSPACED_SCRIPTS
+
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
-# Scripts written without spaces between words, by the first word of their letters' Unicode names.
-_UNSPACED_SCRIPTS = frozenset({"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"})
 _JOINERS = "\u200c\u200d"
 
 
@@ -33,7 +33,7 @@ class UnicodeTokenizer:
             if in_token and (unicodedata.category(char).startswith("M") or char in _JOINERS):
                 tokens[-1] += char
             elif char.isalnum():
-                spaced = unicodedata.name(char, "").split(" ", 1)[0] not in _UNSPACED_SCRIPTS
+                spaced = unicodedata.name(char, "").split(" ", 1)[0] not in UNSPACED_SCRIPTS
                 if extendable and spaced:
                     tokens[-1] += char
                 else:

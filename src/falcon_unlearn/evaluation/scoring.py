@@ -52,10 +52,18 @@ class _Request:
     heldout_prompt_ids: Encoded | None
 
 
-def _text_halves(encoded: Encoded, limit: int | None) -> Encoded:
+def text_halves(encoded: Encoded, limit: int | None) -> Encoded:
+    """A plain text cut to ``limit`` tokens: its first half asks for what follows."""
     ids = encoded.ids[:limit]
     start = (len(ids) + 1) // 2
     return Encoded(ids[: start + MAX_TEXT_ANSWER_TOKENS], start)
+
+
+def fitted(encoded: Encoded, record: Record, limit: int | None) -> Encoded:
+    """A text in halves; of any other record that is longer than ``limit`` tokens, nothing."""
+    if record.kind == "text":
+        return text_halves(encoded, limit)
+    return Encoded((), 0) if limit is not None and len(encoded) > limit else encoded
 
 
 def _prompt_of(encoded: Encoded) -> Encoded:
@@ -69,10 +77,7 @@ def _decode(encoder: Encoder, ids: Sequence[int]) -> str:
 
 def _request(encoder: Encoder, record: Record, limit: int | None) -> _Request:
     def encode(answer: str, question: str | None = None) -> Encoded:
-        encoded = encoder.encode(record, question=question, answer=answer)
-        if record.kind == "text":
-            return _text_halves(encoded, limit)
-        return Encoded((), 0) if limit is not None and len(encoded) > limit else encoded
+        return fitted(encoder.encode(record, question=question, answer=answer), record, limit)
 
     answer = encode(record.answer)
     paraphrase, wrong, heldout = record.paraphrased_answer, record.perturbed_answers, record.heldout_question

@@ -37,7 +37,6 @@ from falcon_unlearn.errors import UserError
 from falcon_unlearn.methods.base import WholeSetup
 from falcon_unlearn.methods.whole_method import Unit, WholeConfig, WholeMethod, all_batches, nll, of_batch
 from falcon_unlearn.methods.whole_model import Pass
-from falcon_unlearn.model.activation_cache import record_key
 from falcon_unlearn.model.loading import number_of_layers
 from falcon_unlearn.objectives.likelihood import sequence_sums
 from falcon_unlearn.objectives.preference import npo
@@ -146,7 +145,8 @@ class WholeFalcon(WholeMethod):
             )
         self._temperature = float(config.temperature)
         self._reference = self.reference_sums(all_batches(setup)) if self.config.npo_weight else {}
-        self._stand_ins, self._passed_over = self._choose()
+        chosen_stand_ins, self._passed_over = self._choose()
+        self.setup = replace(setup, alternatives=chosen_stand_ins)
         self._shift = self._correction() if self.config.prior_smoothing is not None else None
 
     @property
@@ -160,7 +160,7 @@ class WholeFalcon(WholeMethod):
         now = model.run(batch, self.layers, masters)
         loss = now.final.new_zeros((), dtype=torch.float32)
         if config.representation_weight or config.distillation_weight or config.hinge_weight:
-            stand_ins = self._of(step, batch)
+            stand_ins = self.setup.alternative(step, batch)
             pairs, theirs = aligned(batch, stand_ins), model.run(stand_ins, self.layers, None)
             if config.representation_weight:
                 before = model.run(batch, self.layers, None)
@@ -198,11 +198,6 @@ class WholeFalcon(WholeMethod):
     def diagnostics(self) -> Mapping[str, Any]:
         """The layers whose activations are compared, and how many stand-ins were passed over."""
         return {"stand_in_layers": list(self.layers), "stand_ins_passed_over": self._passed_over}
-
-    def _of(self, step: int, batch: Batch) -> Batch:
-        """A stand-in for every record; the next one of each with every step."""
-        options = (self._stand_ins[record_key(record)] for record in batch.records)
-        return collate([each[step % len(each)] for each in options], self.setup.pad_id).to(batch.input_ids.device)
 
     def _choose(self) -> tuple[dict[str, tuple[Encoded, ...]], int]:
         """The first ``count`` stand-ins of each record that do not remind the model of the answer, and how many did."""
