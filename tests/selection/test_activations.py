@@ -162,11 +162,11 @@ def test_layers_may_be_collected_one_after_the_other_or_side_by_side(records):
     results = []
     for steps in (
         [(layer, n) for layer in LAYERS for n in range(len(batches))],
-        [(layer, n) for n in range(len(batches)) for layer in LAYERS],
+        [(layer, n) for n in reversed(range(len(batches))) for layer in LAYERS],
     ):
         collector = MeanCollector(LAYERS, batches)
         for layer, n in steps:
-            collector.add(layer, states[layer][n], counted[n])
+            collector.add(layer, n, states[layer][n], counted[n])
         results.append([collector.result(layer) for layer in LAYERS])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     for layer, means in zip(LAYERS, results[0], strict=True):

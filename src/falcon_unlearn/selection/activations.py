@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from falcon_unlearn.corpus.batching import Encoded, LossMask, collate, length_sorted_batches
 from falcon_unlearn.model.activation_store import ActivationStore
 from falcon_unlearn.model.decoder import LayerReachedError, find_layers, first_tensor
+from falcon_unlearn.model.replicas import run_batches
 from falcon_unlearn.model.skeleton import Skeleton
 from falcon_unlearn.model.streaming import stream_layers
 
@@ -37,36 +40,40 @@ def token_budget_batches(encoded: Sequence[Encoded], batch_tokens: int) -> list[
 
 
 class MeanCollector:
-    """Collects batches of layer outputs, in any order of layers, into one tensor a layer in the records' own order.
+    """Collects batches of layer outputs, in any order and from any thread: one tensor a layer, in the records' order.
 
     Args:
         layers: whose outputs will be added.
-        batches: the record indices of each batch; each layer's batches must be added in this order.
+        batches: the record indices of each batch.
     """
 
     def __init__(self, layers: Sequence[int], batches: Sequence[Sequence[int]]) -> None:
         self._batches = len(batches)
         self._back = torch.tensor([index for batch in batches for index in batch], dtype=torch.long).argsort()
-        self._parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        self._parts: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers}
         self._done: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
 
-    def add(self, layer: int, output: Tensor, counted: Tensor) -> None:
-        """Add the next batch of ``layer``.
+    def add(self, layer: int, number: int, output: Tensor, counted: Tensor) -> None:
+        """Add one batch of ``layer``.
 
         Args:
             layer: one of the layers.
+            number: which of the batches.
             output: its hidden states, ``(batch, length, hidden)``.
             counted: which tokens enter the mean, boolean ``(batch, length)``.
         """
         # Half precision is too coarse to sum in.
         states = output.to(torch.promote_types(output.dtype, torch.float32))
         weights = counted.to(states)
+        mean = torch.bmm(weights[:, None], states)[:, 0] / weights.sum(1, keepdim=True)
         parts = self._parts[layer]
-        parts.append(torch.bmm(weights[:, None], states)[:, 0] / weights.sum(1, keepdim=True))
-        if len(parts) == self._batches:
-            # One copy from the device a layer: each is a wait for all that runs there.
-            self._done[layer] = torch.cat(parts).cpu()[self._back]
-            parts.clear()
+        with self._lock:
+            parts[number] = mean
+            if len(parts) == self._batches:
+                # One copy from the device a layer: each is a wait for all that runs there.
+                self._done[layer] = torch.cat([parts[i] for i in range(self._batches)]).cpu()[self._back]
+                parts.clear()
 
     def result(self, layer: int) -> Tensor:
         """Means of ``layer`` after its last batch: ``(records, hidden)`` on the CPU, fp32 or the model's fp64."""
@@ -101,33 +108,44 @@ def layer_means(
     Returns:
         One CPU tensor ``(records, hidden)`` per layer, fp32 (fp64 if the model is).
     """
-    _, stack = find_layers(model)
     batches = (
         length_sorted_batches(encoded, batch_size)
         if batch_tokens is None
         else token_budget_batches(encoded, batch_tokens)
     )
-    collector = MeanCollector(layers, batches)
-    counted = torch.empty(0)
+    collector, highest, masked = MeanCollector(layers, batches), max(layers), _sees_padding(model)
 
-    def keep(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            collector.add(layer, first_tensor(output), counted)
-            if layer == highest:
-                raise LayerReachedError
+    def prepare(model: PreTrainedModel) -> Callable[[int], None]:
+        current: tuple[int, Tensor]
 
-        return hook
+        def keep(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                number, counted = current
+                collector.add(layer, number, first_tensor(output), counted)
+                if layer == highest:
+                    raise LayerReachedError
 
-    handles = [stack[layer].register_forward_hook(keep(layer)) for layer in dict.fromkeys(layers)]
-    highest = max(layers)
-    backbone, masked = getattr(model, model.base_model_prefix, model), _sees_padding(model)
-    try:
-        for indices in batches:
-            batch = collate([encoded[i] for i in indices], pad_id).to(model.device)
-            counted = batch.loss_mask(mask)
-            attention = batch.attention_mask if masked else None
+            return hook
+
+        stack = find_layers(model)[1]
+        handles.extend(stack[layer].register_forward_hook(keep(layer)) for layer in dict.fromkeys(layers))
+        backbone = getattr(model, model.base_model_prefix, model)
+
+        @torch.no_grad()
+        def run(number: int) -> None:
+            nonlocal current
+            batch = collate([encoded[i] for i in batches[number]], pad_id).to(model.device)
+            current = number, batch.loss_mask(mask)
             with contextlib.suppress(LayerReachedError):
-                backbone(input_ids=batch.input_ids, attention_mask=attention, use_cache=False)
+                backbone(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask if masked else None, use_cache=False
+                )
+
+        return run
+
+    handles: list[RemovableHandle] = []
+    try:
+        run_batches(model, len(batches), prepare)
     finally:
         for handle in handles:
             handle.remove()
@@ -164,7 +182,7 @@ def streamed_layer_means(
 
     def visit(layer: int, number: int, before: Tensor, after: Tensor) -> None:
         if layer in wanted:
-            collector.add(layer, after, batches[number].loss_mask(mask).to(after.device))
+            collector.add(layer, number, after, batches[number].loss_mask(mask).to(after.device))
 
     stream_layers(skeleton, batches, max(layers), visit, store, masked=_sees_padding(skeleton.model))
     return [collector.result(layer) for layer in layers]
