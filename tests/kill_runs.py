@@ -1,11 +1,12 @@
-"""Run a recipe to its end, then again and again, killed with SIGKILL where it is told to be: ``kill_runs.py PLAN``.
+"""Run recipes to their ends, then again, killed with SIGKILL where it is told to be: ``kill_runs.py PLAN``.
 
 Imports take seconds, so every session is a fork of this process, which never computes itself. What a session writes is
 seen through Python's audit events: it is killed right before the n-th change of files of some name, or a while after.
 
-PLAN is JSON: ``{"runs": {name: {"recipe": file, "folder": folder, "whole": folder, "kills": [regex, ...]}}, "seed": 0}``.
-For each kill a moment is drawn among the changes of files that match in the uninterrupted run, which is moved from
-``folder`` to ``whole``: right before one, or for every second kill at some time between it and the next. Prints ``{name: [[what, seconds after it], ...]}``, the kills that hit.
+PLAN is JSON, ``{"seed": 0, "runs": {name: run}}`` with runs ``{"recipe": file, "folder": folder, "whole": folder,
+"kills": [regex, ...]}``. For each kill a moment is drawn among the changes of files that match in the uninterrupted
+run (which is moved from ``folder`` to ``whole``): right before one, or for every second kill at some time between it
+and the next. Prints ``{name: [[what, seconds after it], ...]}``, the kills that hit.
 """
 
 import contextlib
@@ -35,10 +36,10 @@ def change(event, args, folder):
         return None
     if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
         return None
-    path = os.path.abspath(os.fspath(args[1] if event == "os.rename" else args[0]))
+    path = os.fspath(args[1] if event == "os.rename" else args[0])
     if not path.startswith(f"{folder}{os.sep}"):
         return None
-    name = re.sub(r"\.([^/]+)\.\d+\.tmp", r"\1", os.path.relpath(path, folder))
+    name = re.sub(r"\.([^/]+)\.\d+\.tmp", r"\1", path[len(folder) + 1 :])
     return f"{event.removeprefix('os.')} {name}"
 
 
@@ -51,7 +52,7 @@ def session(command, folder, on_change):
     try:
         from falcon_unlearn.cli import main
 
-        with open(f"{folder}.log", "a") as log:
+        with Path(f"{folder}.log").open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
 
@@ -82,9 +83,8 @@ def uninterrupted(run):
     def on_change(name):
         seen.append((time.monotonic() - began, name))
         if name.startswith("remove ") or name == "rename model_card.md":  # among the last ones
-            modules = sorted(sys.modules)
-            with open(f"{run['folder']}.seen.json", "w") as file:
-                json.dump({"changes": seen, "modules": modules}, file)
+            found = {"changes": seen, "modules": sorted(sys.modules)}
+            Path(f"{run['folder']}.seen.json").write_text(json.dumps(found))
 
     code = ended(session(command, run["folder"], on_change))
     assert code == 0, (code, Path(f"{run['folder']}.log").read_text()[-3000:])
