@@ -16,7 +16,6 @@ import json
 import os
 import random
 import re
-import select
 import shutil
 import signal
 import sys
@@ -27,7 +26,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
-PATIENCE = 120
 
 
 def change(event, args, folder):
@@ -108,7 +106,7 @@ def killed(run, pattern, count, after):
 
     process = session(["run", run["recipe"], "--resume", "--debug"], run["folder"], on_change)
     os.close(write)
-    if select.select([read], [], [], PATIENCE)[0] and os.read(read, 1):
+    if os.read(read, 1):  # nothing where it ended before
         time.sleep(after)
         os.kill(process, signal.SIGKILL)  # not reaped yet, so it is still this process
     os.close(read)
