@@ -1,5 +1,6 @@
 """Whole runs on the tiny model: what they leave, what they do to it, and that they can be stopped anywhere."""
 
+import functools
 import json
 import os
 import random
@@ -408,6 +409,10 @@ STAGE_FILES = (
 )
 
 
+def diagnostics_of(folder):
+    return json.loads((folder / "provenance.json").read_text())["method_diagnostics"]
+
+
 @pytest.mark.parametrize("kept", range(len(STAGE_FILES)))
 def test_a_run_goes_on_from_any_stage_to_the_same_result(finished, tmp_path, kept):
     """As if it had been stopped after ``kept`` of its files."""
@@ -424,6 +429,7 @@ def test_a_run_goes_on_from_any_stage_to_the_same_result(finished, tmp_path, kep
     assert steps_of(folder) == steps_of(finished.folder)
     assert run.metrics == finished.metrics
     assert run.selection == finished.selection
+    assert diagnostics_of(folder) == diagnostics_of(finished.folder) != {}
 
 
 def test_resuming_a_finished_run_does_nothing(recipe_for, monkeypatch):
@@ -434,6 +440,32 @@ def test_resuming_a_finished_run_does_nothing(recipe_for, monkeypatch):
     again = unlearn(recipe_for(), resume=True)
     assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in run.folder.rglob("*")} == before
     assert (again.metrics, again.selection, again.patch) == (run.metrics, run.selection, run.patch)
+
+
+def test_what_a_kill_leaves_is_removed_and_what_it_spoilt_is_done_again(recipe_for, finished, tmp_path):
+    """Killed when all was there but the working files, and a second time while the page was written anew."""
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"output": str(folder)}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    left = ("checkpoint.safetensors", "checkpoint.1.safetensors", "activations", "activations.json", ".patch.71.tmp/f")
+    for name in left:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"left")
+    recipe["report"] = {"samples": 1}
+    run_recipe = functools.partial(unlearn, recipe, resume=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pipeline, "write_report", functools.partial(stopping, KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe()
+    page = (folder / "report.html").read_text()
+    run_recipe()
+    assert (folder / "report.html").read_text() != page
+    assert set(files(folder)) == set(files(finished.folder))
+    assert outcome(folder) == outcome(finished.folder)
+
+
+def stopping(error, *arguments, **more):
+    raise error
 
 
 def test_resuming_in_an_empty_or_missing_folder_is_a_plain_run(recipe_for, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import yaml
 
 from falcon_unlearn.errors import UserError
+
+_UNNAMED = re.compile(r"\.(?P<name>.+)\.(?P<by>\d+|partial)\.tmp")
+_TRIAL = re.compile(r"\.trial\w+\.tmp")
 
 
 def open_output(
@@ -42,7 +46,8 @@ def open_output(
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"output: {path} is a file; name a folder")
-    everything = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    left = _left_by_a_kill(path, is_ours)
+    everything = sorted(p.name for p in path.iterdir() if p not in left) if path.is_dir() else []
     if everything and marker not in everything:
         raise UserError(
             f"output: {path} is not empty and holds no {what} (but '{everything[0]}'); choose another folder"
@@ -54,6 +59,8 @@ def open_output(
         raise UserError(f"output: {path} is not empty; go on there with --resume, replace it with --overwrite")
     elif present:
         _refuse_another(path / marker, what, settings, not_compared)
+    for entry in left:
+        _remove_one(entry)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,11 +76,30 @@ def _remove(path: Path, present: Sequence[str], what: str, is_ours: Callable[[Pa
             f"output: {path} holds '{foreign.as_posix()}', which no {what} wrote; --overwrite leaves it alone"
         )
     for name in present:
-        target = path / name
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        else:
-            target.unlink()
+        _remove_one(path / name)
+
+
+def _remove_one(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _left_by_a_kill(path: Path, is_ours: Callable[[Path], bool]) -> set[Path]:
+    """What writing left behind where it was killed, and no later run reads.
+
+    The partial scores of a suite are read until the whole file is there.
+    """
+    found = set()
+    for entry in path.rglob(".*.tmp"):
+        if _TRIAL.fullmatch(entry.name):
+            found.add(entry)
+        elif (match := _UNNAMED.fullmatch(entry.name)) is not None:
+            whole = entry.with_name(match["name"])
+            if is_ours(whole.relative_to(path)) and (match["by"] != "partial" or whole.exists()):
+                found.add(entry)
+    return found
 
 
 def is_temporary(path: Path) -> bool:

@@ -54,14 +54,14 @@ from falcon_unlearn.model.loading import (
     resolve_model,
     text_config,
 )
-from falcon_unlearn.model.patch import Patch, read_patch, write_patch
+from falcon_unlearn.model.patch import DOCUMENT_FILE, Patch, read_patch, write_patch
 from falcon_unlearn.model.patched import load_patched
 from falcon_unlearn.model.shards import fingerprint, tensor_files, tensor_spans
 from falcon_unlearn.model.skeleton import fetch_first_layers, load_first_layers
 from falcon_unlearn.recipe import Recipe
 from falcon_unlearn.report.card import write_card
 from falcon_unlearn.report.html import write_report
-from falcon_unlearn.run_folder import WORKING_FILES, RunFolder, open_run_folder, start_run
+from falcon_unlearn.run_folder import CHECKPOINT, RunFolder, open_run_folder, start_run
 from falcon_unlearn.stages import (
     CachePlan,
     EncodedCorpus,
@@ -129,7 +129,6 @@ class _Inputs:
     on_disk: Mapping[str, Any]  # tensors in use, or all: name on disk -> span
     console: Console
     seconds: dict[str, float] = field(default_factory=dict)
-    diagnostics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -299,7 +298,7 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
         def plan(masters: Mapping[str, Tensor], changing: Mapping[str, Tensor]) -> CheckpointPlan:
             to_disk(model, changing, inputs.on_disk)  # what cannot be patched should fail now, not after training
             equal = _fingerprint(inputs, selection, masters)
-            return CheckpointPlan(folder / "checkpoint.safetensors", equal, resume=resume)
+            return CheckpointPlan(folder / CHECKPOINT, equal, resume=resume, say=inputs.console.say)
 
         def on_step(record: StepRecord) -> None:
             log.add(record)
@@ -320,7 +319,6 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
         else:
             cache = CachePlan(folder / "activations", resume, inputs.console.say)
             trained = unlearn_layers(recipe, model, inputs.encoded, selection, cache=cache, watch=watch)
-    inputs.diagnostics.update(trained.diagnostics)
     if trained.save_adapter is not None and recipe.training.lora is not None and recipe.training.lora.keep_adapter:
         trained.save_adapter(folder / "adapter", recipe.model)
     return write_patch(
@@ -334,6 +332,7 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
             "layers": list(selection.layers),
             "seed": recipe.seed,
             "versions": versions(),
+            "method_diagnostics": trained.diagnostics,
         },
     )
 
@@ -439,7 +438,7 @@ def _before_and_selection(inputs: _Inputs, folder: RunFolder) -> tuple[_Scored |
 
 
 def _patch(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool) -> Patch:
-    if (folder / "patch").exists():
+    if (folder / "patch" / DOCUMENT_FILE).exists():
         try:
             return read_patch(folder / "patch")
         except UserError as error:
@@ -465,6 +464,8 @@ def _attack(inputs: _Inputs, folder: RunFolder, patch: Patch) -> list[AttackResu
         recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens, recipe.corpus.max_length, recipe.seed
     )
     finished = attacks_finished(recipe.attacks, models, folder.path)
+    if not finished:
+        folder.begin_again()
     with nullcontext() if finished else inputs.timed("attacks"):
         return run_battery(recipe.attacks, models, inputs.attacked, folder.path, limits, console=inputs.console)
 
@@ -543,11 +544,10 @@ def _run_stages(recipe: Recipe, console: Console, *, resume: bool, overwrite: bo
     metrics = _metrics(inputs, scored, attacks)
     if inputs.seconds or not finished:
         folder.write_metrics(metrics)
-        _write_provenance(inputs, folder, started)
+        _write_provenance(inputs, folder, started, patch)
         write_report(folder.path, samples=recipe.report.samples)
         write_card(folder.path)
-        for name in WORKING_FILES:
-            (folder / name).unlink(missing_ok=True)
+    folder.remove_working_files()
     return Run(folder.path, selection, metrics, patch, tuple(attacks))
 
 
@@ -587,7 +587,7 @@ def _peak_memory_mb() -> int | None:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-def _write_provenance(inputs: _Inputs, folder: RunFolder, started: datetime) -> None:
+def _write_provenance(inputs: _Inputs, folder: RunFolder, started: datetime, patch: Patch | None = None) -> None:
     path = folder / "provenance.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_json(
@@ -603,7 +603,7 @@ def _write_provenance(inputs: _Inputs, folder: RunFolder, started: datetime) -> 
                 "parameters_in_files_read": sum(math.prod(span.shape) for span in inputs.on_disk.values()),
             },
             "method": {"name": inputs.recipe.method.name, "preset": inputs.recipe.method.preset},
-            "method_diagnostics": inputs.diagnostics or earlier.get("method_diagnostics", {}),
+            "method_diagnostics": {} if patch is None else patch.provenance.get("method_diagnostics", {}),
             "data": dict(inputs.corpus.hashes),
             "device": str(inputs.source.device),
             "dtype": str(inputs.source.dtype or "checkpoint's"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from falcon_unlearn.artifacts import (
     write_json,
     write_jsonl,
 )
+from falcon_unlearn.engine.checkpoint import checkpoint_files
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.output_folder import open_output
 from falcon_unlearn.recipe import Recipe, dump_recipe, save_recipe
 from falcon_unlearn.stages import with_sets
 
+_WRITTEN_LAST = "model_card.md"
 _RESULTS = (
     "recipe.yaml",
     "corpus.json",
@@ -34,13 +37,14 @@ _RESULTS = (
     "scores/after.jsonl",
     "metrics.json",
     "report.html",
-    "model_card.md",
+    _WRITTEN_LAST,
     "provenance.json",
 )
 _ATTACKS = "attacks.json"
 _ORACLE_SCORES = "scores/oracle.jsonl"
-WORKING_FILES = ("checkpoint.safetensors", "activations", "activations.json")
-"""What a resumed run goes on from; removed at the end."""
+CHECKPOINT = "checkpoint.safetensors"
+_ACTIVATIONS = ("activations", "activations.json")
+_OLDER_CHECKPOINT = re.compile(r"checkpoint\.\d+\.safetensors")
 _ADAPTER = ("adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _CONTENT = frozenset(
     (
@@ -52,7 +56,8 @@ _CONTENT = frozenset(
         "scores",
         "patch/original.safetensors",
         *_ADAPTER,
-        *WORKING_FILES,
+        CHECKPOINT,
+        *_ACTIVATIONS,
     )
 )
 _NOT_COMPARED = ("output", "report", "device", "attacks.seconds")
@@ -103,6 +108,15 @@ class RunFolder:
         """Write ``metrics.json``: before, after and oracle."""
         write_json(self.path / "metrics.json", metrics)
 
+    def begin_again(self) -> None:
+        """Something is about to be done again: the run is not finished before its last file is there again."""
+        (self.path / _WRITTEN_LAST).unlink(missing_ok=True)
+
+    def remove_working_files(self) -> None:
+        """Remove what a resumed run goes on from."""
+        for path in (*checkpoint_files(self.path / CHECKPOINT), *(self.path / name for name in _ACTIVATIONS)):
+            path.unlink(missing_ok=True)
+
 
 def open_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool, allowed: Sequence[str] = ()) -> RunFolder:
     """Make the recipe's output folder ready, without writing anything but the folder itself.
@@ -135,7 +149,8 @@ def _is_ours(name: Path) -> bool:
     model, parent = name.name.split(".")[0], name.parent.as_posix()
     of_suite = parent == "scores" and model in {"before", "after", "oracle"} and name.suffix == ".jsonl"
     of_attack = parent == "attacks" and model in {"original", "unlearned", "oracle"} and name.suffix == ".json"
-    return name.as_posix() in _CONTENT or of_suite or of_attack
+    older = _OLDER_CHECKPOINT.fullmatch(name.as_posix()) is not None
+    return name.as_posix() in _CONTENT or of_suite or of_attack or older
 
 
 def start_run(folder: RunFolder, recipe: Recipe, corpus_facts: Mapping[str, Any]) -> None:
@@ -159,5 +174,6 @@ def start_run(folder: RunFolder, recipe: Recipe, corpus_facts: Mapping[str, Any]
                 f"{changed[0]}: not what the run in {folder.path} began with; use --overwrite or another folder"
             )
     if not folder.is_finished(recipe):
+        folder.begin_again()
         save_recipe(recipe, folder / "recipe.yaml")
         write_json(path, corpus_facts)

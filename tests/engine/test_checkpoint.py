@@ -1,10 +1,20 @@
+import ast
+import contextlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from falcon_unlearn.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
+import falcon_unlearn
+from falcon_unlearn.engine.checkpoint import (
+    Progress,
+    checkpoint_files,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
 from falcon_unlearn.engine.optimizers import OptimizerConfig, build_optimizer
 from falcon_unlearn.errors import UserError
 
@@ -147,13 +157,142 @@ class TestRefused:
         save_file(load_file(state), state, metadata=metadata)
         self.refuse(state, "not a usable checkpoint")
 
+    @pytest.mark.parametrize("place", [0.2, 0.5, 0.9, -1])
+    def test_a_single_byte_that_is_another(self, state, place):
+        data = bytearray(state.read_bytes())
+        data[int(place * len(data)) if place > 0 else place] ^= 1
+        state.write_bytes(data)
+        self.refuse(state, "not a usable checkpoint")
+
+    def test_another_step_than_was_written(self, state):
+        data = state.read_bytes()
+        assert data.count(rb"\"step\": 3") == 1
+        state.write_bytes(data.replace(rb"\"step\": 3", rb"\"step\": 2"))
+        self.refuse(state, "not what was written")
+
     @pytest.mark.parametrize("change", ["absent", "reshaped"])
     def test_a_master_that_does_not_fit(self, state, change):
-        tensors = load_file(state)
-        value = tensors.pop("master/layers.1.w")
+        masters, optimizer = fresh()
+        value = masters.pop("layers.1.w")
         if change == "reshaped":
-            tensors["master/layers.1.w"] = value[:1]
-        save_file(
-            tensors, state, metadata={"state": json.dumps({"step": 3, "micro_batch_size": 4, "fingerprint": "mine"})}
-        )
+            masters["layers.1.w"] = value[:1]
+        save_checkpoint(state, Progress(3, 4), "mine", masters, optimizer)
         self.refuse(state, r"no layers\.1\.w in it")
+
+
+def saved(path, steps, keep):
+    """Checkpoints after each of ``steps`` steps; the masters at each."""
+    masters, optimizer = fresh()
+    states = {}
+    for step in range(steps):
+        states[step] = {name: value.detach().clone() for name, value in masters.items()}
+        save_checkpoint(path, Progress(step, 4), "mine", masters, optimizer, keep=keep)
+        advance(masters, optimizer, [step])
+    return states
+
+
+def newest(path):
+    """Step and masters that training would go on from, and what is said about it."""
+    said = []
+    masters, optimizer = fresh()
+    found = load_newest(path, "mine", masters, optimizer, said.append)
+    return None if found is None else found.step, masters, said
+
+
+def spoil(path, how):
+    data = path.read_bytes()
+    path.write_bytes({
+        "truncated": data[: len(data) // 2], "empty": b"", "altered": data[:-1] + bytes([data[-1] ^ 4]),
+        "header": b"\0" + data[1:],
+    }[how])  # fmt: skip
+
+
+class TestRotation:
+    @pytest.mark.parametrize("keep", [1, 2, 3, 5])
+    @pytest.mark.parametrize("steps", [1, 2, 4])
+    def test_the_last_ones_are_kept_the_newest_first(self, tmp_path, keep, steps):
+        path = tmp_path / "checkpoint.safetensors"
+        saved(path, steps, keep)
+        files = checkpoint_files(path)
+        assert sorted(files) == sorted(tmp_path.iterdir())
+        assert [load_checkpoint(file, "mine", *fresh()).step for file in files] == list(range(steps))[::-1][:keep]
+        assert [file.name for file in files][:2] == ["checkpoint.safetensors", "checkpoint.1.safetensors"][: len(files)]
+
+    @pytest.mark.parametrize("how", ["truncated", "empty", "altered", "header"])
+    @pytest.mark.parametrize("spoilt", [0, 1, 2])
+    def test_the_newest_whole_one_is_used_and_damaged_ones_named_and_removed(self, tmp_path, how, spoilt):
+        path = tmp_path / "checkpoint.safetensors"
+        states = saved(path, 5, keep=3)
+        files = checkpoint_files(path)
+        for file in files[:spoilt]:
+            spoil(file, how)
+        step, masters, said = newest(path)
+        assert step == 4 - spoilt
+        assert all(torch.equal(masters[name], value) for name, value in states[step].items())
+        assert len(said) == spoilt
+        for line, file, after in zip(said, files, files[1:], strict=False):
+            assert line.startswith(f"{file}: not a usable checkpoint (")
+            assert line.endswith(f"; trying the one before it, {after.name}")
+            assert "\n" not in line
+        assert checkpoint_files(path) == files[spoilt:]
+
+    def test_all_damaged_is_refused_and_nothing_removed(self, tmp_path):
+        path = tmp_path / "checkpoint.safetensors"
+        saved(path, 3, keep=2)
+        for file in checkpoint_files(path):
+            spoil(file, "truncated")
+        with pytest.raises(UserError, match=r"not a usable checkpoint .*start again with --overwrite"):
+            newest(path)
+        assert len(checkpoint_files(path)) == 2
+
+    def test_another_runs_is_refused_and_not_passed_over(self, tmp_path):
+        path = tmp_path / "checkpoint.safetensors"
+        saved(path, 3, keep=2)
+        with pytest.raises(UserError, match="another recipe, model or data"):
+            load_newest(path, "yours", *fresh(), lambda line: None)
+
+    def test_none_there_is_none_found(self, tmp_path):
+        assert newest(tmp_path / "checkpoint.safetensors")[0] is None
+
+    @pytest.mark.parametrize("keep", [1, 2, 3])
+    def test_cut_off_at_any_renaming_the_newest_whole_one_is_still_there(self, tmp_path, monkeypatch, keep):
+        """``replace`` is all that a save does to names; it stops before the n-th of them."""
+        for allowed in range(keep + 1):
+            path = tmp_path / str(allowed) / "checkpoint.safetensors"
+            path.parent.mkdir()
+            saved(path, 4, keep)
+            replace, left = Path.replace, [allowed]
+
+            def counted(file, target, replace=replace, left=left):
+                if not left[0]:
+                    raise OSError(5, "cut off")
+                left[0] -= 1
+                return replace(file, target)
+
+            masters, optimizer = fresh()
+            with monkeypatch.context() as patched:
+                patched.setattr(Path, "replace", counted)
+                with pytest.raises(OSError, match="cut off") if allowed < keep else contextlib.nullcontext():
+                    save_checkpoint(path, Progress(4, 4), "mine", masters, optimizer, keep=keep)
+            assert newest(path)[0] == (3 if allowed < keep else 4)
+            save_checkpoint(path, Progress(5, 4), "mine", masters, optimizer, keep=keep)
+            assert newest(path)[0] == 5
+            assert len(checkpoint_files(path)) <= keep
+
+
+def test_nothing_is_written_or_read_with_pickle():
+    """Not by name, and not by the functions of libraries that do."""
+    modules = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    calls = {"torch.save", "torch.load", "torch.jit.load", "numpy.load", "np.load", "np.save", "pd.read_pickle"}
+    package = Path(falcon_unlearn.__file__).parent
+    files = sorted(package.rglob("*.py"))
+    found = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            bad = {name.split(".")[0] for name in names} & modules
+            if bad or (isinstance(node, ast.Attribute) and ast.unparse(node) in calls):
+                found.append(f"{file.name}:{node.lineno}")
+    assert len(files) > 100
+    assert found == []

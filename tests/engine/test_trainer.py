@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from falcon_unlearn.corpus.batching import Encoded
+from falcon_unlearn.engine.checkpoint import checkpoint_files
 from falcon_unlearn.engine.gradient_conflict import GradientConfig
 from falcon_unlearn.engine.optimizers import OptimizerConfig
 from falcon_unlearn.engine.trainer import (
@@ -78,6 +79,7 @@ class Run:
         masters, log = self.decoder.masters(), []
         more.setdefault("on_step", lambda record: None)
         observe = more.pop("on_step")
+        say = more.pop("say", lambda line: None)
 
         def on_step(record):
             log.append(record)
@@ -91,7 +93,7 @@ class Run:
             config,
             seed=seed,
             hidden_size=16,
-            checkpoint=CheckpointPlan(path, f"seed {seed}", resume),
+            checkpoint=CheckpointPlan(path, f"seed {seed}", resume, say),
             on_step=on_step,
             **more,
         )
@@ -156,13 +158,8 @@ class TestResume:
 
     def test_from_a_periodic_checkpoint_after_a_crash(self, run, tmp_path):
         whole, _ = run(tmp_path / "whole")
-
-        def crash(record):
-            if record.step == 7:
-                raise RuntimeError("power is gone")
-
         with pytest.raises(RuntimeError, match="power"):
-            run(tmp_path / "state", on_step=crash)
+            run(tmp_path / "state", on_step=crash_at(7))
         assert saved_step(tmp_path / "state") == 6
         resumed, log = run(tmp_path / "state", resume=True)
         assert [r.step for r in log] == [6, 7]
@@ -190,11 +187,42 @@ class TestResume:
         with pytest.raises(UserError, match="another recipe, model or data"):
             run(tmp_path / "state", seed=1, resume=True)
 
-    def test_of_a_damaged_file_is_refused(self, run, tmp_path):
-        run(tmp_path / "state", steps=2)
+    def test_with_the_newest_state_damaged_it_goes_on_from_the_one_before(self, run, tmp_path):
+        whole, whole_log = run(tmp_path / "whole")
+        with pytest.raises(InterruptedTrainingError):
+            run(tmp_path / "state", on_step=interrupt_at(4))
         (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:-9])
+        done, said = [], []
+        resumed, log = run(tmp_path / "state", resume=True, on_resume=done.append, say=said.append)
+        assert done == [3]
+        assert [line.split(": ")[1] for line in said] == ["not a usable checkpoint (Error while deserializing header"]
+        assert [r.forget_loss for r in log] == [r.forget_loss for r in whole_log[3:]]
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+        assert (tmp_path / "state").read_bytes() == (tmp_path / "whole").read_bytes()
+
+    def test_with_all_states_damaged_it_is_refused(self, run, tmp_path):
+        run(tmp_path / "state", steps=2)
+        for file in checkpoint_files(tmp_path / "state"):
+            file.write_bytes(file.read_bytes()[:-9])
         with pytest.raises(UserError, match="not a usable checkpoint"):
             run(tmp_path / "state", resume=True)
+
+    def test_what_was_read_is_not_written_again(self, run, tmp_path):
+        """It would push out the one before it."""
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path / "state", on_step=crash_at(7))
+        steps = [saved_step(file) for file in checkpoint_files(tmp_path / "state")]
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path / "state", on_step=crash_at(7), resume=True)
+        assert [saved_step(file) for file in checkpoint_files(tmp_path / "state")] == steps == [6, 3]
+
+
+def crash_at(step):
+    def on_step(record):
+        if record.step == step:
+            raise RuntimeError("power is gone")
+
+    return on_step
 
 
 def as_it_is(step, loss, masters):
@@ -559,6 +587,37 @@ class TestMicroBatches:
         train(Hungry(), masters, corpus, config, seed=0, hidden_size=4, checkpoint=plan, on_halved=halved.append)
         assert halved == []
         assert all(torch.equal(masters[name], value) for name, value in whole.items())
+
+    def test_a_step_in_which_memory_ran_out_is_cut_the_same_way_again(self, llama, corpus, tmp_path):
+        """It runs out on the retain side of step 3, whose state is saved: its forget side was not cut yet."""
+        sizes = {}
+
+        class Hungry(Toy):
+            def forget_loss(self, step, domain, batch, masters):
+                sizes.setdefault(step, []).append(("forget", len(batch)))
+                return super().forget_loss(step, domain, batch, masters)
+
+            def retain_loss(self, step, batch, masters):
+                if len(batch) > 2 and step >= 3:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                sizes.setdefault(step, []).append(("retain", len(batch)))
+                return super().retain_loss(step, batch, masters)
+
+        path = tmp_path / "state"
+        with pytest.raises(RuntimeError, match="power"):
+            train_toy(corpus, path, toy=Hungry(), on_step=crash_at(4))
+        assert saved_step(path) == 3
+        before = dict(sizes)
+        sizes.clear()
+        config = TrainingConfig(
+            steps=5, batch_size=4, checkpoint_every=3, optimizer=OptimizerConfig(lr=1e-2, betas=(0.0, 0.9)),
+            gradients=GradientConfig(combination="sum"),
+        )  # fmt: skip
+        plan = CheckpointPlan(path, "toy", resume=True)
+        train(Hungry(), Toy.masters(), corpus, config, seed=0, hidden_size=4, checkpoint=plan)
+        assert sizes == {step: before[step] for step in (3, 4)}
+        assert ("forget", 4) in sizes[3]
+        assert ("retain", 2) in sizes[3]
 
     def test_tensors_without_memory_of_their_own_are_not_overwritten(self, corpus):
         """Autograd hands the same gradient to two parameters here, and one that is a view of a single number."""

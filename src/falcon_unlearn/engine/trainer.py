@@ -23,7 +23,7 @@ from torch import Tensor
 from falcon_unlearn.artifacts import StepRecord
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch, Encoded, batch_indices, collate
-from falcon_unlearn.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
+from falcon_unlearn.engine.checkpoint import Progress, load_newest, save_checkpoint
 from falcon_unlearn.engine.gradient_conflict import GradientConfig, combine
 from falcon_unlearn.engine.optimizers import OptimizerConfig, build_optimizer, learning_rate, scheduled
 from falcon_unlearn.errors import UserError
@@ -50,6 +50,8 @@ class TrainingConfig(Section):
     """How forget and retain gradients are combined."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints on the disk; where the newest is found damaged, the one before it is used."""
     cache: Literal["auto", "always", "never"] = "auto"
     """Keep frozen activations between epochs; auto: of every domain whose records are used more than once."""
     cache_gb: float | None = Field(None, ge=0)
@@ -148,6 +150,7 @@ class CheckpointPlan:
     path: Path
     fingerprint: str
     resume: bool
+    say: Callable[[str], None] = lambda _: None
 
 
 class _MicroBatches:
@@ -269,20 +272,23 @@ def train(
     rate = learning_rate(config.optimizer, hidden_size)
     optimizer = build_optimizer(config.optimizer, parameters, hidden_size=hidden_size, batch_size=config.batch_size)
     micro = _MicroBatches(config, on_halved)
-    start = 0
-    if checkpoint is not None and checkpoint.resume and checkpoint.path.exists():
-        progress = load_checkpoint(checkpoint.path, checkpoint.fingerprint, masters, optimizer)
-        start, micro.size = progress.step, progress.micro_batch_size
+    found: Progress | None = None
+    if checkpoint is not None and checkpoint.resume:
+        found = load_newest(checkpoint.path, checkpoint.fingerprint, masters, optimizer, checkpoint.say)
+    start = 0 if found is None else found.step
+    micro.size = micro.size if found is None else found.micro_batch_size
     if on_resume is not None:
         on_resume(start)
 
-    def save(step: int) -> None:
-        if checkpoint is not None:
-            save_checkpoint(checkpoint.path, Progress(step, micro.size), checkpoint.fingerprint, masters, optimizer)
+    def save(state: Progress) -> None:
+        if checkpoint is not None and state != found:  # what was just read need not push out the one before it
+            keep = config.keep_checkpoints
+            save_checkpoint(checkpoint.path, state, checkpoint.fingerprint, masters, optimizer, keep=keep)
 
     with _interrupt_between_steps() as interrupted:
         for step in range(start, config.steps):
             began = time.perf_counter()
+            state = Progress(step, micro.size)  # before memory runs out: a resumed step is cut as this one was
             domain, forget, retain = data.at(step, config.batch_size, seed)
             forget_loss, forget_gradients = micro.gradients(
                 partial(method.forget_loss, step, domain, masters=masters),
@@ -310,7 +316,7 @@ def train(
             )
             _check_finite(record, checkpoint)
             if step % config.checkpoint_every == 0:
-                save(step)
+                save(state)
             for parameter, gradient in zip(parameters, combined, strict=True):
                 parameter.grad = gradient
             del forget_gradients, retain_gradients, combined
@@ -322,10 +328,10 @@ def train(
                 on_step(dataclasses.replace(record, seconds=time.perf_counter() - began))
             if interrupted():
                 _check_weights(step, masters, checkpoint)
-                save(step + 1)
+                save(Progress(step + 1, micro.size))
                 raise InterruptedTrainingError(step + 1)
     _check_weights(config.steps - 1, masters, checkpoint)
-    save(config.steps)
+    save(Progress(config.steps, micro.size))
 
 
 def _detached(loss: Tensor | None) -> Tensor:
