@@ -43,6 +43,7 @@ LAYERS = (
     ("evaluate", "attack"),
     ("embedded", "api", "doctor"),
     ("grid",),
+    ("sweep_storage",),
     ("compare",),
     ("cli",),
     ("__main__",),

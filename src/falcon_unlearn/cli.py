@@ -76,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--out", metavar="DIR", help="where the table goes (default: the grid's output, or runs/compare)"
     )
+    compare.add_argument(
+        "--storage", metavar="URL", help="share the work with other machines: a file, or postgresql://, mysql://"
+    )
+    compare.add_argument("--retry-failed", action="store_true", help="with --storage: do again what failed there")
 
     _add_model_commands(add)
 
@@ -359,11 +363,18 @@ def _compare(arguments: argparse.Namespace) -> int:
     from falcon_unlearn.compare import run_plan
     from falcon_unlearn.grid import load_grid, plan_grid, plan_recipes
     from falcon_unlearn.report.comparison import comparison_table
+    from falcon_unlearn.sweep_storage import SharedStorage, open_storage
 
     if (arguments.grid is None) != bool(arguments.recipes):
         raise UserError("compare: name some recipes, or a grid with --grid")
     if arguments.workers < 1:
         raise UserError(f"compare: --workers {arguments.workers}: at least 1")
+    if arguments.retry_failed and arguments.storage is None:
+        raise UserError("compare: --retry-failed goes with --storage; without one, what failed is always done again")
+    shared = None
+    if arguments.storage is not None:
+        shared = SharedStorage(arguments.storage, retry_failed=arguments.retry_failed)
+        open_storage(shared)  # before anything is read or trained
     console = _console(arguments)
     if arguments.grid is not None:
         path = Path(arguments.grid)
@@ -372,7 +383,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         plan = plan_grid(grid, path, console)
     else:
         plan = plan_recipes([Path(name) for name in arguments.recipes], Path(arguments.out or "runs/compare"))
-    comparison = run_plan(plan, console, workers=arguments.workers)
+    comparison = run_plan(plan, console, workers=arguments.workers, shared=shared)
     if arguments.json:
         _print_json({"output": str(plan.output), "comparison": comparison})
     else:
