@@ -177,7 +177,10 @@ def test_a_killed_process_is_taken_over(tmp_path):
     ("url", "expected"),
     [
         ("nonsense://host/db", r"storage nonsense://host/db: not a storage; write a file name, postgresql://"),
-        ("postgresql+pg8000://me:secret@host/db", r"host/db: the driver of postgresql\+pg8000 is missing.*\[postgresql\]"),
+        (
+            "postgresql+pg8000://me:secret@host/db",
+            r"driver of postgresql\+pg8000 is missing.*\[postgresql\]",
+        ),
         ("mysql+mysqldb://me:secret@host/db", r"the driver of mysql\+mysqldb is missing: pip install '.*\[mysql\]'"),
         ("sqlite:////no/such/folder/jobs.db", r"storage sqlite:.*unable to open database file"),
         ("/no/such/folder/jobs.journal", r"name a file in a folder that exists"),
