@@ -24,6 +24,7 @@ LAYERS = (
     ("config",),
     ("artifacts", "output_folder"),
     ("console",),
+    ("trackers",),
     ("corpus",),
     ("model",),
     ("selection",),

@@ -90,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", "write report.html of a run folder again", _report)
     report.add_argument("run", metavar="RUN_DIR")
 
+    track = add("track", "send the numbers of a finished run to experiment trackers", _track)
+    track.add_argument("run", metavar="RUN_DIR")
+    track.add_argument("--to", required=True, nargs="+", metavar="TRACKER", help="tensorboard, wandb, mlflow, trackio")
+    track.add_argument("--project", metavar="NAME", help="project or experiment there (default: the recipe's)")
+    track.add_argument("--name", metavar="NAME", help="name of the run there (default: the recipe's)")
+
     add("methods", "list what is built in", _methods)
     add("doctor", "versions, devices, memory, data: what is there and what to do about what is not", _doctor)
     return parser
@@ -467,6 +473,28 @@ def _report(arguments: argparse.Namespace) -> int:
         _print_json({"report": str(path)})
     else:
         print(path)
+    return 0
+
+
+def _track(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.recipe import load_recipe, validated
+    from falcon_unlearn.trackers import TrackersConfig, tracking
+
+    folder = Path(arguments.run)
+    if not (folder / "recipe.yaml").exists() or not (folder / "metrics.json").exists():
+        raise UserError(f"track: {folder} is no finished run (it has no recipe.yaml and metrics.json)")
+    recipe = load_recipe(folder / "recipe.yaml")
+    given = {key: value for key in ("project", "name") if (value := getattr(arguments, key)) is not None}
+    config = validated(TrackersConfig, {**recipe.trackers.model_dump(), **given, "use": arguments.to}, "track")
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    with tracking(config, recipe.model_dump(mode="json"), folder, lambda _: None) as trackers:
+        trackers.finish(folder / "training.jsonl", metrics)
+    if trackers.problems:
+        raise UserError("\n".join(f"track: {name}: {problem}" for name, problem in trackers.problems.items()))
+    if arguments.json:
+        _print_json({"run": str(folder), "sent_to": list(config.use)})
+    else:
+        print(f"sent to {', '.join(config.use)}")
     return 0
 
 
