@@ -240,18 +240,20 @@ def test_two_workers_make_the_same_table_as_one(done, tiny_recipe, oracle, tmp_p
 def test_a_killed_worker_leaves_no_claim(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from falcon_unlearn.compare import _claim\n"
-        "with _claim(Path(sys.argv[1])) as mine:\n    print(mine, flush=True); time.sleep(60)"
+        "with _claim(Path(sys.argv[1])) as deaths:\n    print(deaths, flush=True); time.sleep(60)"
     )
     path = tmp_path / "claims" / "job"
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "True\n"
-        with _claim(path) as mine:
-            assert not mine
+        assert other.stdout.readline() == "0\n"
+        with _claim(path) as deaths:
+            assert deaths is None
         other.send_signal(signal.SIGKILL)
         other.wait()
     time.sleep(0.05)
-    with _claim(path) as mine:
-        assert mine
+    with _claim(path) as deaths:
+        assert deaths == 1
+    with _claim(path) as deaths:
+        assert deaths == 0
 
 
 def test_a_changed_cell_is_run_anew_and_the_others_are_not(done, tiny_recipe, oracle, tmp_path, monkeypatch):

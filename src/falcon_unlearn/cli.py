@@ -76,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--out", metavar="DIR", help="where the table goes (default: the grid's output, or runs/compare)"
     )
+    compare.add_argument(
+        "--storage", metavar="URL", help="share the work with other machines: a file, or postgresql://, mysql://"
+    )
+    compare.add_argument("--retry-failed", action="store_true", help="with --storage: do again what failed there")
 
     _add_model_commands(add)
 
@@ -85,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
 
     report = add("report", "write report.html of a run folder again", _report)
     report.add_argument("run", metavar="RUN_DIR")
+
+    track = add("track", "send the numbers of a finished run to experiment trackers", _track)
+    track.add_argument("run", metavar="RUN_DIR")
+    track.add_argument("--to", required=True, nargs="+", metavar="TRACKER", help="tensorboard, wandb, mlflow, trackio")
+    track.add_argument("--project", metavar="NAME", help="project or experiment there (default: the recipe's)")
+    track.add_argument("--name", metavar="NAME", help="name of the run there (default: the recipe's)")
 
     add("methods", "list what is built in", _methods)
     add("doctor", "versions, devices, memory, data: what is there and what to do about what is not", _doctor)
@@ -359,11 +369,18 @@ def _compare(arguments: argparse.Namespace) -> int:
     from falcon_unlearn.compare import run_plan
     from falcon_unlearn.grid import load_grid, plan_grid, plan_recipes
     from falcon_unlearn.report.comparison import comparison_table
+    from falcon_unlearn.sweep_storage import SharedStorage, open_storage
 
     if (arguments.grid is None) != bool(arguments.recipes):
         raise UserError("compare: name some recipes, or a grid with --grid")
     if arguments.workers < 1:
         raise UserError(f"compare: --workers {arguments.workers}: at least 1")
+    if arguments.retry_failed and arguments.storage is None:
+        raise UserError("compare: --retry-failed goes with --storage; without one, what failed is always done again")
+    shared = None
+    if arguments.storage is not None:
+        shared = SharedStorage(arguments.storage, retry_failed=arguments.retry_failed)
+        open_storage(shared)  # before anything is read or trained
     console = _console(arguments)
     if arguments.grid is not None:
         path = Path(arguments.grid)
@@ -372,7 +389,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         plan = plan_grid(grid, path, console)
     else:
         plan = plan_recipes([Path(name) for name in arguments.recipes], Path(arguments.out or "runs/compare"))
-    comparison = run_plan(plan, console, workers=arguments.workers)
+    comparison = run_plan(plan, console, workers=arguments.workers, shared=shared)
     if arguments.json:
         _print_json({"output": str(plan.output), "comparison": comparison})
     else:
@@ -456,6 +473,28 @@ def _report(arguments: argparse.Namespace) -> int:
         _print_json({"report": str(path)})
     else:
         print(path)
+    return 0
+
+
+def _track(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.recipe import load_recipe, validated
+    from falcon_unlearn.trackers import TrackersConfig, tracking
+
+    folder = Path(arguments.run)
+    if not (folder / "recipe.yaml").exists() or not (folder / "metrics.json").exists():
+        raise UserError(f"track: {folder} is no finished run (it has no recipe.yaml and metrics.json)")
+    recipe = load_recipe(folder / "recipe.yaml")
+    given = {key: value for key in ("project", "name") if (value := getattr(arguments, key)) is not None}
+    config = validated(TrackersConfig, {**recipe.trackers.model_dump(), **given, "use": arguments.to}, "track")
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    with tracking(config, recipe.model_dump(mode="json"), folder, lambda _: None) as trackers:
+        trackers.finish(folder / "training.jsonl", metrics)
+    if trackers.problems:
+        raise UserError("\n".join(f"track: {name}: {problem}" for name, problem in trackers.problems.items()))
+    if arguments.json:
+        _print_json({"run": str(folder), "sent_to": list(config.use)})
+    else:
+        print(f"sent to {', '.join(config.use)}")
     return 0
 
 

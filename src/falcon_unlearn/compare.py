@@ -7,6 +7,8 @@ Everything lies below one output folder and is found again by the same command:
     runs/CELL/seed-N/     ordinary run folders
     results/CELL/         one file a run: its numbers, or why it failed
     table.md table.json pareto.svg compare.html
+
+With a storage (:mod:`~falcon_unlearn.sweep_storage`) trials, claims and results stand there too, for other machines.
 """
 
 from __future__ import annotations
@@ -19,31 +21,46 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 
-from falcon_unlearn.artifacts import Metrics, read_jsonl, write_bytes, write_json
+from falcon_unlearn.artifacts import Metrics, read_jsonl, to_plain, write_bytes, write_json
 from falcon_unlearn.console import Console
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.grid import CellPlan, Plan, digest
 from falcon_unlearn.pipeline import Interrupted, run_recipe
 from falcon_unlearn.recipe import Recipe, dump_recipe, save_recipe
 from falcon_unlearn.report.comparison import DEFECT, Comparison, Row, brief, ranked, recovered_key, write_comparison
+from falcon_unlearn.sweep_storage import (
+    Board,
+    SharedStorage,
+    journal,
+    load_optuna,
+    naming_the_storage,
+)
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.storages import BaseStorage
+
+T = TypeVar("T")
 
 WORST_SCORE = -1.0
 """Of a trial that failed: nothing kept, everything leaked."""
 _WAIT_SECONDS = 0.5
+_DEATHS = 2
+"""So many workers may die of a run or a trial; then it has failed."""
+_DIED = f"{_DEATHS} workers died while they did it (killed, or out of memory); see what the system says of them"
 _RANDOM_TRIALS = 4
 """Before Optuna's TPE begins to learn from them."""
 
@@ -117,6 +134,17 @@ def _reason(error: Exception, console: Console) -> str:
         return f"out of memory: {text}".removesuffix(": ")
     console.say(traceback.format_exc())
     return f"{DEFECT}{type(error).__name__}: {text}"
+
+
+def _twice(what: str, do: Callable[[], T], console: Console) -> T:
+    """Do it, once more where it crashes; a mistake of the user or of the settings would only be found again."""
+    try:
+        return do()
+    except UserError:
+        raise
+    except Exception as error:
+        console.say(f"{what} crashed, trying once more: {_reason(error, console)}")
+    return do()
 
 
 def _score_folder(plan: Plan, recipe: Recipe) -> Path:
@@ -213,16 +241,23 @@ def _fingerprint(plan: Plan, cell: CellPlan, seed: int, parameters: Mapping[str,
     return digest([plan.weights, cell.final[seed], parameters])
 
 
+def _blank(plan: Plan, cell: CellPlan, seed: int, tuned: Tuned) -> Outcome:
+    """Without numbers: failed like the trials, or not run yet."""
+    fingerprint, folder = _fingerprint(plan, cell, seed, tuned.parameters), str(_folder(plan, cell, seed))
+    return Outcome(cell.name, seed, fingerprint, tuned.parameters, folder, tuned.failed)
+
+
 def _final(plan: Plan, cell: CellPlan, seed: int, tuned: Tuned, console: Console) -> Outcome:
     """One run of the table; whatever stops it but an interruption becomes its result."""
     folder = _folder(plan, cell, seed)
-    blank = Outcome(cell.name, seed, _fingerprint(plan, cell, seed, tuned.parameters), tuned.parameters, str(folder))
-    if tuned.failed is not None:
-        return dataclasses.replace(blank, failed=tuned.failed)
+    blank = _blank(plan, cell, seed, tuned)
+    if blank.failed is not None:
+        return blank
     try:
         recipe = cell.recipe(cell.final[seed], tuned.parameters, folder)
         fresh, peak_known = not (folder / "metrics.json").exists(), _start_peak(recipe.device)
-        metrics = _run(plan, recipe, own_folder=seed in cell.folders)
+        run = partial(_run, plan, recipe, own_folder=seed in cell.folders)
+        metrics = _twice(f"{cell.name}, seed {seed}", run, console)
         before, after, oracle = (metrics[name] for name in ("before", "after", "oracle"))
         assert before is not None
         assert after is not None
@@ -258,19 +293,20 @@ class Tuned:
     fingerprint: str = ""
 
 
-def _optuna() -> ModuleType:
-    try:
-        import optuna
-        import optuna.storages.journal
-    except ImportError as error:
-        raise UserError("compare: searching needs Optuna: pip install 'falcon-unlearn[sweep]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
 def _study_of(plan: Plan, cell: CellPlan) -> str:
     searches = {key: search.model_dump(mode="json") for key, search in cell.search.items()}
     return digest([plan.weights, [cell.trial[seed] for seed in sorted(cell.trial)], searches])
+
+
+def _everywhere(plan: Plan, *parts: Any) -> str:
+    """Digest of what decides a job, the same wherever the output folder lies."""
+    own = json.dumps(str(plan.output))[1:-1]
+    return digest(json.dumps(to_plain([plan.weights, *parts]), sort_keys=True).replace(own, ""))
+
+
+def _tuning_key(plan: Plan, cell: CellPlan) -> str:
+    searches = {key: search.model_dump(mode="json") for key, search in cell.search.items()}
+    return _everywhere(plan, [cell.trial[seed] for seed in sorted(cell.trial)], searches)
 
 
 def _read_tuned(plan: Plan, cell: CellPlan) -> Tuned | None:
@@ -284,19 +320,24 @@ def _read_tuned(plan: Plan, cell: CellPlan) -> Tuned | None:
     return tuned if tuned.fingerprint == _study_of(plan, cell) and len(tuned.trials) == plan.trials else None
 
 
-def _tune(plan: Plan, cell: CellPlan, console: Console) -> Tuned:
+def _tune(plan: Plan, cell: CellPlan, console: Console, storage: BaseStorage | None = None) -> Tuned:
     """Do what is left of a cell's trials and choose the best of them, by validation facts alone.
 
     A trial is a function of the trials before it, so that a stopped study goes on as if it had not been. One that
-    was cut off is done again from its run folders.
+    was cut off is done again from its run folders; one that ended its worker twice has failed.
+
+    Args:
+        plan: the comparison.
+        cell: the one to tune.
+        console: one line a trial.
+        storage: where the trials are kept; None: a journal in the output folder.
     """
-    optuna = _optuna()
-    plan.path("tuning").mkdir(parents=True, exist_ok=True)
-    backend = optuna.storages.journal.JournalFileBackend(str(plan.path("tuning", f"{cell.name}.journal")))
+    optuna = load_optuna()
     fingerprint = _study_of(plan, cell)
+    plan.path("tuning").mkdir(parents=True, exist_ok=True)
     study: Study = optuna.create_study(
-        study_name=f"{cell.name} {fingerprint[:12]}",
-        storage=optuna.storages.JournalStorage(backend),
+        study_name=f"{cell.name} {(fingerprint if storage is None else _tuning_key(plan, cell))[:12]}",
+        storage=journal(plan.path("tuning", f"{cell.name}.journal")) if storage is None else storage,
         direction="maximize",
         load_if_exists=True,
     )
@@ -311,11 +352,20 @@ def _tune(plan: Plan, cell: CellPlan, console: Console) -> Tuned:
         trial.set_user_attr("parameters", parameters)
         score, failed = WORST_SCORE, None
         folder = plan.path("trials", cell.name, str(number))
+        deaths = _deaths_of_trial(study, parameters)
         try:
-            recipes = [cell.recipe(raw, parameters, folder / f"seed-{seed}") for seed, raw in cell.trial.items()]
-            score = statistics.fmean(_trial_score(plan, recipe) for recipe in recipes)
+            if deaths >= _DEATHS:
+                failed = _DIED
+            else:
+                recipes = [cell.recipe(raw, parameters, folder / f"seed-{seed}") for seed, raw in cell.trial.items()]
+                what = f"{cell.name}, trial {number + 1}"
+                score = statistics.fmean(_twice(what, partial(_trial_score, plan, r), console) for r in recipes)
+        except KeyboardInterrupt:
+            trial.set_user_attr("stopped", True)  # by the user, which is no death
+            raise
         except Exception as error:
             failed = _reason(error, console)
+        if failed is not None:
             trial.set_user_attr("failed", failed)
         study.tell(trial, score)
         shutil.rmtree(folder, ignore_errors=True)
@@ -334,6 +384,17 @@ def _tune(plan: Plan, cell: CellPlan, console: Console) -> Tuned:
     return Tuned(best["parameters"], best["score"], trials, None, fingerprint)
 
 
+def _deaths_of_trial(study: Study, parameters: Mapping[str, Any]) -> int:
+    """Workers that died doing the trial that is next; it has drawn the same parameters then."""
+    last: list[Mapping[str, Any]] = []
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state.name == "COMPLETE":
+            last = []
+        elif trial.state.name == "FAIL":
+            last.append(trial.user_attrs)
+    return sum(attrs.get("parameters") == parameters and "stopped" not in attrs for attrs in last)
+
+
 def _trial_score(plan: Plan, recipe: Recipe) -> float:
     metrics = _run(plan, recipe, own_folder=False)
     before, after = metrics["before"], metrics["after"]
@@ -346,12 +407,15 @@ def _trial_score(plan: Plan, recipe: Recipe) -> float:
 
 
 @contextlib.contextmanager
-def _claim(path: Path) -> Iterator[bool]:
-    """Whether this process alone has the claim; the system takes it from a process that dies."""
+def _claim(path: Path) -> Iterator[int | None]:
+    """How many processes died with this claim, now that it is this process's alone; None where it is another's.
+
+    The system takes it from a process that dies, whose mark then stays in the file.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: one worker only
-        yield True
+        yield 0
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -359,69 +423,158 @@ def _claim(path: Path) -> Iterator[bool]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            mine = False
-        else:
-            mine = True
-        yield mine
+            yield None
+            return
+        deaths = os.fstat(handle).st_size
+        os.pwrite(handle, b".", deaths)
+        try:
+            yield deaths
+        finally:
+            os.ftruncate(handle, 0)
     finally:
         os.close(handle)
 
 
 @dataclass(frozen=True)
 class _Job:
+    """A cell's trials, or one of its runs.
+
+    Attributes:
+        name: of the job, within its cell.
+        key: of the job in a storage.
+        done: whether its result lies in the output folder.
+        do: do it; told how many workers died of it.
+        keep: put the result into the output folder.
+        stored: the result as a storage holds it.
+    """
+
     name: str
+    key: str
     done: Callable[[], bool]
-    do: Callable[[], None]
+    do: Callable[[int], Tuned | Outcome]
+    keep: Callable[[Tuned | Outcome], None]
+    stored: Callable[[Mapping[str, Any]], Tuned | Outcome]
 
 
-def _jobs(plan: Plan, cell: CellPlan, console: Console) -> list[_Job]:
-    """What of a cell can be done now: its trials, or else its runs that have no result."""
+def _keep(path: Path, result: Tuned | Outcome) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+
+
+def _tuning_job(plan: Plan, cell: CellPlan, console: Console, board: Board | None) -> _Job:
+    storage = None if board is None else board.storage
+    return _Job(
+        "tuning",
+        f"{cell.name} tuning {digest([_tuning_key(plan, cell), plan.trials])[:16]}",
+        done=lambda: _read_tuned(plan, cell) is not None,
+        do=lambda _: _tune(plan, cell, console, storage),
+        keep=lambda tuned: _keep(plan.path("tuning", f"{cell.name}.json"), tuned),
+        stored=lambda row: Tuned(**{**row, "fingerprint": _study_of(plan, cell)}),
+    )
+
+
+def _run_job(plan: Plan, cell: CellPlan, seed: int, tuned: Tuned, console: Console) -> _Job:
+    def do(deaths: int) -> Outcome:
+        blank = _blank(plan, cell, seed, tuned)
+        outcome = (
+            dataclasses.replace(blank, failed=_DIED) if deaths >= _DEATHS else _final(plan, cell, seed, tuned, console)
+        )
+        score = outcome.values.get("score")
+        found = f"failed: {outcome.failed}" if score is None else f"S {score:.3f}"
+        console.say(f"{cell.name}, seed {seed}: {found}")
+        return outcome
+
+    return _Job(
+        f"seed-{seed}",
+        f"{cell.name} seed-{seed} {_everywhere(plan, cell.final[seed], tuned.parameters, tuned.failed)[:16]}",
+        done=lambda: _read_result(plan, cell, seed, tuned.parameters) is not None,
+        do=do,
+        keep=lambda outcome: _keep(_result_path(plan, cell, seed), outcome),
+        stored=lambda row: Outcome(**{**row, "fingerprint": _fingerprint(plan, cell, seed, tuned.parameters)}),
+    )
+
+
+def _jobs(plan: Plan, cell: CellPlan, console: Console, board: Board | None) -> list[_Job]:
+    """What of a cell can be done now: its trials, or else its runs that have no result, here or in the storage."""
     tuned = _read_tuned(plan, cell)
     if tuned is None:
-
-        def tune() -> None:
-            write_json(plan.path("tuning", f"{cell.name}.json"), _tune(plan, cell, console))
-
-        return [_Job("tuning", lambda: _read_tuned(plan, cell) is not None, tune)]
-    jobs = []
-    for seed in cell.final:
-
-        def done(seed: int = seed) -> bool:
-            return _read_result(plan, cell, seed, tuned.parameters) is not None
-
-        def run(seed: int = seed) -> None:
-            outcome = _final(plan, cell, seed, tuned, console)
-            path = _result_path(plan, cell, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, outcome)
-            score = outcome.values.get("score")
-            found = f"failed: {outcome.failed}" if score is None else f"S {score:.3f}"
-            console.say(f"{cell.name}, seed {seed}: {found}")
-
-        if not done():
-            jobs.append(_Job(f"seed-{seed}", done, run))
-    return jobs
+        job = _tuning_job(plan, cell, console, board)
+        if not _taken_over(job, board):
+            return [job]
+        tuned = _read_tuned(plan, cell)
+        assert tuned is not None
+    jobs = [_run_job(plan, cell, seed, tuned, console) for seed in cell.final]
+    return [job for job in jobs if not job.done() and not _taken_over(job, board)]
 
 
-def _work(plan: Plan, console: Console) -> None:
+def _taken_over(job: _Job, board: Board | None) -> bool:
+    """Whether the storage holds the result; it lies in the output folder then."""
+    row = None if board is None else board.result(job.key)
+    if row is not None:
+        job.keep(job.stored(row))
+        assert job.done()
+    return row is not None
+
+
+def _attempt(plan: Plan, cell: CellPlan, job: _Job, console: Console, board: Board | None) -> bool:
+    """Do a job unless it is done or another worker is at it; whether this worker did it."""
+    if board is None:
+        with _claim(plan.path("claims", cell.name, job.name)) as deaths:
+            mine = deaths is not None and not job.done()
+            if mine:
+                job.keep(job.do(deaths or 0))
+        return mine
+    with board.claim(job.key) as claim:
+        if claim is None:
+            return False
+        try:
+            result = job.do(claim.deaths)
+            claim.finish(to_plain(result))
+        except Exception:
+            if not claim.lost:
+                raise
+            console.say(f"{cell.name}, {job.name}: another worker took it over, since this one stood still too long")
+            return False
+        job.keep(result)
+    return True
+
+
+def _work(plan: Plan, console: Console, board: Board | None) -> None:
     """Do whatever nobody else is doing until nothing is left, or until the process that started this one is gone."""
     parent = multiprocessing.parent_process()
     while True:
         left, progress = 0, False
+        if board is not None:
+            board.refresh()
         for cell in plan.cells:
-            for job in _jobs(plan, cell, console):
+            for job in _jobs(plan, cell, console, board):
                 if parent is not None and not parent.is_alive():
                     return
                 left += 1
-                with _claim(plan.path("claims", cell.name, job.name)) as mine:
-                    if mine and not job.done():
-                        job.do()
-                        assert job.done()
-                        progress = True
+                if _attempt(plan, cell, job, console, board):
+                    assert job.done()
+                    progress = True
         if not left:
             return
         if not progress:
             time.sleep(_WAIT_SECONDS)
+
+
+@contextlib.contextmanager
+def _terminated_is_interrupted() -> Iterator[None]:
+    """SIGTERM, as a cluster sends it at the end of its time, stops like Ctrl-C: what is kept is not counted a death."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _threads_of(workers: int) -> int:
@@ -429,41 +582,73 @@ def _threads_of(workers: int) -> int:
     return max(1, torch.get_num_threads() // workers)
 
 
-def _work_beside(plan: Plan, console: Console, workers: int) -> None:
+def _work_beside(plan: Plan, console: Console, workers: int, shared: SharedStorage | None) -> None:
     """What another worker's process does."""
     torch.set_num_threads(_threads_of(workers))
-    with contextlib.suppress(KeyboardInterrupt):
-        _work(plan, console)
+    with contextlib.suppress(KeyboardInterrupt), _terminated_is_interrupted():
+        _work(plan, console, None if shared is None else Board(shared))
 
 
-def run_plan(plan: Plan, console: Console, *, workers: int = 1) -> Comparison:
+def _begin(plan: Plan, shared: SharedStorage | None, console: Console) -> Board | None:
+    """Forget what is to be done again: what failed, and how often workers died.
+
+    With a storage this happens only where it is asked for, since others may be at work; else a recipe's own folder
+    says itself whether it is finished.
+    """
+    board = None if shared is None else Board(shared)
+    if shared is not None and not shared.retry_failed:
+        return board
+    for cell in plan.cells:
+        for path in plan.path("results", cell.name).glob("seed-*.json"):
+            if cell.folders or json.loads(path.read_text(encoding="utf-8"))["failed"] is not None:
+                path.unlink(missing_ok=True)
+        if board is None:
+            for path in plan.path("claims", cell.name).glob("*"):
+                with _claim(path):
+                    pass
+        elif (tuned := _read_tuned(plan, cell)) is not None:
+            for seed in cell.final:
+                board.forget_failure(_run_job(plan, cell, seed, tuned, console).key)
+    if board is not None:
+        board.refresh()
+    return board
+
+
+def run_plan(plan: Plan, console: Console, *, workers: int = 1, shared: SharedStorage | None = None) -> Comparison:
     """Do what is left of a plan, write the table and the figure, and return what they show.
 
     Args:
         plan: from :func:`plan_grid` or :func:`plan_recipes`.
         console: one line a trial and a run.
         workers: processes; this one is the first of them. At equal ``threads`` they do not change the result.
+        shared: storage by which this and other calls, of other machines too, divide the work.
 
     Raises:
-        UserError: Optuna or file locks are missing.
-        Interrupted: Ctrl-C; finished runs and trials are kept.
+        UserError: Optuna, a database's driver or file locks are missing, or the storage refuses.
+        Interrupted: Ctrl-C or SIGTERM; finished runs and trials are kept.
     """
     if workers > 1 and os.name == "nt":
         raise UserError("compare: --workers needs the file locks of a POSIX system; leave it out")
     if any(cell.search for cell in plan.cells):
-        _optuna()
-    for cell in plan.cells:  # what failed is tried again; a recipe's own folder says itself whether it is finished
-        for path in plan.path("results", cell.name).glob("seed-*.json"):
-            if cell.folders or json.loads(path.read_text(encoding="utf-8"))["failed"] is not None:
-                path.unlink()
+        load_optuna()
+    with contextlib.nullcontext() if shared is None else naming_the_storage(shared):
+        _run_workers(plan, console, workers, shared)
+    comparison = gather(plan)
+    write_comparison(comparison, plan.output)
+    return comparison
+
+
+def _run_workers(plan: Plan, console: Console, workers: int, shared: SharedStorage | None) -> None:
+    board = _begin(plan, shared, console)
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=_work_beside, args=(plan, console, workers)) for _ in range(workers - 1)]
+    others = [context.Process(target=_work_beside, args=(plan, console, workers, shared)) for _ in range(workers - 1)]
     threads = torch.get_num_threads()
     try:
         for process in others:
             process.start()
         torch.set_num_threads(_threads_of(workers))
-        _work(plan, console)
+        with _terminated_is_interrupted():
+            _work(plan, console, board)
     except BaseException as stop:
         for process in others:
             if process.is_alive():
@@ -476,9 +661,6 @@ def run_plan(plan: Plan, console: Console, *, workers: int = 1) -> Comparison:
         for process in others:
             if process.pid is not None:
                 process.join()
-    comparison = gather(plan)
-    write_comparison(comparison, plan.output)
-    return comparison
 
 
 def gather(plan: Plan) -> Comparison:

@@ -11,7 +11,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Literal
 
-from falcon_unlearn.artifacts import write_jsonl
+from falcon_unlearn.artifacts import replacing, write_jsonl
 from falcon_unlearn.corpus.fictional import Fact, World, build_world
 from falcon_unlearn.errors import UserError
 
@@ -145,7 +145,8 @@ def _copy_pair(pair: Path, folder: Path) -> None:
     for part in PARTS:
         (folder / part).mkdir(parents=True, exist_ok=True)
         for path in sorted((pair / part).iterdir()):
-            shutil.copyfile(path, folder / part / path.name)
+            with replacing(folder / part / path.name) as copy:  # another machine may read it already
+                shutil.copyfile(path, copy)
         for name in TOKENIZER_FILES:  # shipped once, for both
             if not (folder / part / name).exists():
                 shutil.copy2(pair / "model" / name, folder / part / name)

@@ -358,9 +358,9 @@ def plan_grid(grid: Grid, grid_path: Path, console: Console) -> Plan:
 
 
 def _without_extras(judged: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial is judged by S alone: no oracle, no suites, no attacks, no generations in the report."""
+    """A trial is judged by S alone: no oracle, no suites, no attacks, no trackers, no generations in the report."""
     evaluation = {key: value for key, value in judged.get("evaluation", {}).items() if key not in {"oracle", "suites"}}
-    kept = {key: value for key, value in judged.items() if key != "attacks"}
+    kept = {key: value for key, value in judged.items() if key not in {"attacks", "trackers"}}
     return lay_over(kept | {"evaluation": evaluation}, {"report.samples": 0})
 
 

@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,6 +83,7 @@ from falcon_unlearn.stages import (
 )
 from falcon_unlearn.subjects import computing_with
 from falcon_unlearn.suite_scores import read_suite, score_suite
+from falcon_unlearn.trackers import Tracking, tracking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -128,6 +129,7 @@ class _Inputs:
     oracle: ModelSource | None
     on_disk: Mapping[str, Any]  # tensors in use, or all: name on disk -> span
     console: Console
+    trackers: Tracking
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -158,7 +160,7 @@ class _Inputs:
         self.seconds[stage] = round(time.perf_counter() - began, 3)
 
 
-def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
+def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking) -> _Inputs:
     base_dir = Path.cwd()
     corpus = load_corpus(recipe.corpus, base_dir)
     source = resolve_model(
@@ -193,7 +195,20 @@ def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
     suites = open_suites(recipe.evaluation.suites, base_dir, recipe.seed) if scored else {}
     attacked = _attacked(recipe, corpus, sets, base_dir)
     return _Inputs(
-        recipe, source, config, encoder, corpus, encoded, alternatives, sets, suites, attacked, oracle, on_disk, console
+        recipe,
+        source,
+        config,
+        encoder,
+        corpus,
+        encoded,
+        alternatives,
+        sets,
+        suites,
+        attacked,
+        oracle,
+        on_disk,
+        console,
+        trackers,
     )
 
 
@@ -271,26 +286,33 @@ def _fingerprint(inputs: _Inputs, selection: LayerSelection, masters: Mapping[st
 
 
 class _TrainingLog:
-    """``training.jsonl``, one line a step; on resume, lines of steps that are done again are dropped."""
+    """``training.jsonl``, one line a step; on resume, lines of steps that are done again are dropped.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Trackers are shown each line, also those of earlier sessions.
+    """
+
+    def __init__(self, path: Path, trackers: Tracking) -> None:
+        self._path, self._trackers = path, trackers
 
     def start(self, done: int) -> None:
         # The last line may be cut off where the run was killed; it belongs to a step that is done again.
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
         write_bytes(self._path, b"".join(lines[:done]))
+        for line in lines[:done]:
+            self._trackers.log(json.loads(line))
 
     def add(self, record: StepRecord) -> None:
+        row = to_plain(record)
         with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(to_plain(record)) + "\n")
+            handle.write(json.dumps(row) + "\n")
+        self._trackers.log(row)
 
 
 def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool) -> Patch:
     recipe = inputs.recipe
     whole = entry_of(recipe.method).kind != "representation"
     model = load_causal_lm(inputs.source) if whole else load_first_layers(inputs.source, selection.target_layer + 1)
-    log = _TrainingLog(folder / "training.jsonl")
+    log = _TrainingLog(folder / "training.jsonl", inputs.trackers)
     inputs.console.say("training: " + describe_training(recipe, text_config(inputs.config).hidden_size))
 
     with inputs.console.bar(recipe.training.steps, "unlearning") as bar:
@@ -516,13 +538,20 @@ def run_recipe(
         UserError: anything wrong with recipe, data, model or output folder; nothing was written then.
         Interrupted: Ctrl-C; finished stages and the training state are kept.
     """
-    with computing_with(recipe.threads):
-        return _run_stages(recipe, console or Console(quiet=True), resume=resume, overwrite=overwrite, allowed=allowed)
+    console = console or Console(quiet=True)
+    with computing_with(recipe.threads), _trackers(recipe, console) as trackers:
+        return _run_stages(recipe, console, trackers, resume=resume, overwrite=overwrite, allowed=allowed)
 
 
-def _run_stages(recipe: Recipe, console: Console, *, resume: bool, overwrite: bool, allowed: Sequence[str]) -> Run:
+def _trackers(recipe: Recipe, console: Console) -> AbstractContextManager[Tracking]:
+    return tracking(recipe.trackers, recipe.model_dump(mode="json"), Path(recipe.output), console.say)
+
+
+def _run_stages(
+    recipe: Recipe, console: Console, trackers: Tracking, *, resume: bool, overwrite: bool, allowed: Sequence[str]
+) -> Run:
     started = datetime.now(UTC)
-    inputs = _read_inputs(recipe, console)
+    inputs = _read_inputs(recipe, console, trackers)
     folder = open_run_folder(recipe, resume=resume, overwrite=overwrite, allowed=allowed)
     finished = folder.is_finished(recipe)
     start_run(folder, recipe, _corpus_facts(inputs))
@@ -547,6 +576,7 @@ def _run_stages(recipe: Recipe, console: Console, *, resume: bool, overwrite: bo
         _write_provenance(inputs, folder, started, patch)
         write_report(folder.path, samples=recipe.report.samples)
         write_card(folder.path)
+        trackers.finish(folder / "training.jsonl", to_plain(metrics))
     folder.remove_working_files()
     return Run(folder.path, selection, metrics, patch, tuple(attacks))
 
@@ -564,8 +594,9 @@ def select_layers_of(
         Interrupted: Ctrl-C.
     """
     started = datetime.now(UTC)
-    with computing_with(recipe.threads):
-        inputs = _read_inputs(recipe, console or Console(quiet=True))
+    console = console or Console(quiet=True)
+    with computing_with(recipe.threads), _trackers(recipe, console) as trackers:
+        inputs = _read_inputs(recipe, console, trackers)
         folder = open_run_folder(recipe, resume=resume, overwrite=overwrite)
         start_run(folder, recipe, _corpus_facts(inputs))
         _say_corpus(inputs)

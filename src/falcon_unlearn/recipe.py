@@ -22,6 +22,7 @@ from falcon_unlearn.model.loading import DTypeChoice
 from falcon_unlearn.presets import PRESETS, deep_merge
 from falcon_unlearn.selection.mutual_information import MutualInformationConfig
 from falcon_unlearn.selection.sweep import SweepConfig
+from falcon_unlearn.trackers import TrackersConfig
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -112,6 +113,8 @@ class Recipe(Section):
     """How forgotten knowledge is tried to be brought back."""
     report: ReportConfig = ReportConfig()
     """What the report shows."""
+    trackers: TrackersConfig = TrackersConfig()
+    """Where the run's numbers are shown too."""
     seed: int = 0
     """Everything random follows from it."""
     device: str = "auto"

@@ -24,6 +24,7 @@ from falcon_unlearn.errors import UserError
 from falcon_unlearn.output_folder import open_output
 from falcon_unlearn.recipe import Recipe, dump_recipe, save_recipe
 from falcon_unlearn.stages import with_sets
+from falcon_unlearn.trackers import FOLDER as TRACKERS
 
 _WRITTEN_LAST = "model_card.md"
 _RESULTS = (
@@ -60,7 +61,7 @@ _CONTENT = frozenset(
         *_ACTIVATIONS,
     )
 )
-_NOT_COMPARED = ("output", "report", "device", "attacks.seconds")
+_NOT_COMPARED = ("output", "report", "trackers", "device", "attacks.seconds")
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _is_ours(name: Path) -> bool:
     of_suite = parent == "scores" and model in {"before", "after", "oracle"} and name.suffix == ".jsonl"
     of_attack = parent == "attacks" and model in {"original", "unlearned", "oracle"} and name.suffix == ".json"
     older = _OLDER_CHECKPOINT.fullmatch(name.as_posix()) is not None
-    return name.as_posix() in _CONTENT or of_suite or of_attack or older
+    return name.as_posix() in _CONTENT or of_suite or of_attack or older or name.parts[0] == TRACKERS
 
 
 def start_run(folder: RunFolder, recipe: Recipe, corpus_facts: Mapping[str, Any]) -> None:
