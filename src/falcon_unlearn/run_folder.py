@@ -39,7 +39,7 @@ _RESULTS = (
 )
 _ATTACKS = "attacks.json"
 _ORACLE_SCORES = "scores/oracle.jsonl"
-WORKING_FILES = ("checkpoint.safetensors", "activations", "activations.json")
+WORKING_FILES = ("checkpoint.safetensors", "activations", "activations.json", "activations.between")
 """What a resumed run goes on from; removed at the end."""
 _ADAPTER = ("adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _CONTENT = frozenset(
