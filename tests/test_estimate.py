@@ -79,8 +79,10 @@ def test_one_new_token_leaves_nothing_to_bound(recipe_for, tmp_path):
         {"training": {"cache": "auto", "steps": 12}},
         {"training": {"cache": "never", "micro_batch_size": 3, "modules": "all"}},
         {"method": {"name": "rmu", "preset": "default"}, "training": {"cache": "never"}},
+        {"training": {"cache": "never", "lora": {"rank": 4}}},
+        {"training": {"cache": "auto", "steps": 12, "streaming": "always"}},
     ],
-    ids=["plain", "cached", "micro-batches", "rmu"],
+    ids=["plain", "cached", "micro-batches", "rmu", "lora", "streamed"],
 )
 def test_training_flops_are_the_counted_ones(recipe_for, tmp_path, changes):
     recipe = recipe_from(recipe_for({**changes, "evaluation": {"max_records": 1, "max_new_tokens": 1}}))
@@ -106,6 +108,7 @@ STAND_INS = {**WHOLE, "method": {"name": "falcon", "preset": "default", "stand_i
             {"method": {"stand_in": {"distillation_weight": 1, "hinge_weight": 1, "npo_weight": 1, "count": 2}}},
         ),
         merged(STAND_INS, {"selection": {"layers": [1]}, "training": {"modules": "mlp"}}),
+        merged(STAND_INS, {"training": {"lora": {"rank": 2}}}),
         merged(STAND_INS, {"method": {"stand_in": {"layers": [0]}}, "corpus": {"loss_mask": "all"}}),
         *({**WHOLE, "method": {"name": name, "preset": "default"}} for name in WHOLE_METHODS),
     ],
@@ -127,8 +130,9 @@ def test_flops_of_the_whole_model_are_the_counted_ones(recipe_for, tmp_path, cha
         merged(STAND_INS, {"method": {"stand_in": {"retain": "kl", "npo_weight": 1, "distillation_weight": 1}}}),
         merged(STAND_INS, {"selection": {"layers": [1]}, "training": {"modules": "mlp"}}),
         {**WHOLE, "method": {"name": "npo", "preset": "default"}},
+        merged(STAND_INS, {"training": {"lora": {"rank": 2}}}),
     ],
-    ids=["stand-ins", "all terms", "one layer", "npo"],
+    ids=["stand-ins", "all terms", "one layer", "npo", "lora"],
 )
 def test_memory_of_the_whole_model_is_that_of_the_real_tensors(recipe_for, tmp_path, changes):
     recipe = recipe_from(recipe_for(changes))
@@ -156,7 +160,6 @@ def test_a_whole_model_without_a_choice_trains_all_layers_and_tries_none(recipe_
     [
         ({"name": "scrub"}, {}, "does not predict the method scrub"),
         ({"name": "ssd"}, {}, "does not predict the method ssd"),
-        ({"name": "falcon"}, {"lora": {}}, "does not predict adapters"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused_in_one_line(recipe_for, method, training, message):

@@ -740,6 +740,36 @@ def test_a_cache_on_disk_gives_the_weights_of_one_in_memory(recipe_for, tmp_path
     assert not (runs[1].folder / "activations").exists()
 
 
+@pytest.mark.parametrize("budget", [1, 0])
+@pytest.mark.parametrize("more", [{}, {"lora": {"rank": 2}}], ids=["matrices", "lora"])
+def test_a_streamed_prefix_gives_the_weights_of_one_in_memory(recipe_for, tmp_path, budget, more, capsys):
+    training = {"steps": 6, "cache": "always", "cache_gb": budget, **more}
+    runs = [
+        unlearn(lean(recipe_for, tmp_path, streaming, training={**training, "streaming": streaming}), quiet=False)
+        for streaming in ("never", "always")
+    ]
+    assert capsys.readouterr().err.count("one in memory at a time") == 1
+    got, expected = (load_file(run.folder / "patch" / "patch.safetensors") for run in runs)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert not list(runs[1].folder.glob("activations*"))
+
+
+def test_a_prefix_larger_than_the_free_memory_is_streamed(recipe_for, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("falcon_unlearn.pipeline._room", lambda device: 1000)
+    for name, cache, streamed in (("kept", "auto", True), ("not", "never", False)):
+        unlearn(lean(recipe_for, tmp_path, name, training={"steps": 2, "cache": cache}), quiet=False)
+        assert ("one in memory at a time" in capsys.readouterr().err) == streamed
+
+
+def test_streaming_needs_the_cache_and_a_method_that_has_one(recipe_for, tmp_path):
+    with pytest.raises(UserError, match=r"training: streaming is always, which keeps activations: set cache to auto"):
+        unlearn(lean(recipe_for, tmp_path, "a", training={"streaming": "always", "cache": "never"}))
+    whole = {"method": {"name": "npo", "preset": "default"}, "training": {"streaming": "always", "cache": "auto"}}
+    with pytest.raises(UserError, match=r"training\.streaming is always, but npo \(default\) runs the whole model"):
+        unlearn(lean(recipe_for, tmp_path, "b", **whole))
+
+
 @pytest.mark.parametrize("damage", ["none", "truncated", "altered", "unsealed"])
 def test_a_resumed_run_uses_a_cache_file_only_if_it_is_whole(recipe_for, tmp_path, monkeypatch, capsys, damage):
     recipe = lean(recipe_for, tmp_path, "run", training={"steps": 12, "cache": "always", "cache_gb": 0})

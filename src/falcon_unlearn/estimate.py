@@ -6,11 +6,12 @@ one length is assumed for all and said so. Matrix products are counted as in :mo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,7 @@ from falcon_unlearn.model.loading import (
     resolve_model,
     text_config,
 )
+from falcon_unlearn.model.lora import ADAPTER_TENSORS, add_adapters
 from falcon_unlearn.objectives.representation import cosine_retention, info_nce, squared_distance
 from falcon_unlearn.recipe import Recipe
 from falcon_unlearn.selection.sweep import spaced_candidates
@@ -108,6 +110,7 @@ class Estimate:
         training: the parts of the training peak, by name, largest first; empty where nothing is trained.
         assumptions: what was not known, one sentence each.
         process_bytes: what this process takes now, Python and libraries, which no stage's peak includes.
+        host_bytes: kept activations, where they lie in host memory and the stages' peaks are those of another device.
     """
 
     model: str
@@ -117,6 +120,7 @@ class Estimate:
     training: Mapping[str, int]
     assumptions: tuple[str, ...]
     process_bytes: int | None
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,12 @@ class _Inputs:
     assumptions: tuple[str, ...]
 
 
-def estimate_run(recipe: Recipe) -> Estimate:
+def estimate_run(recipe: Recipe, *, work: bool = True) -> Estimate:
     """Predict every stage of ``falcon-unlearn run``.
+
+    Args:
+        recipe: validated.
+        work: count the FLOPs of training the whole model, which takes several times as long as its memory; else 0.
 
     Raises:
         UserError: the recipe's model or data cannot be read, or the architecture is not known.
@@ -151,7 +159,12 @@ def estimate_run(recipe: Recipe) -> Estimate:
     inputs = _read(recipe)
     whole = blueprint(inputs.config, inputs.dtype, trust_remote_code=recipe.trust_remote_code)
     selection = _selection(inputs, whole)
-    training, parts, patch = _whole_training(inputs, whole) if _is_whole(recipe) else _layer_training(inputs)
+    host = 0
+    if _is_whole(recipe):
+        with _scope(inputs, whole, inputs.layers) as scope:
+            training, parts, patch = _whole_training(inputs, whole, scope, work=work)
+    else:
+        training, parts, patch, host = _layer_training(inputs)
     stages = [*selection, training, patch]
     if recipe.evaluation.enabled:
         scoring = _scoring(inputs, whole)
@@ -159,7 +172,7 @@ def estimate_run(recipe: Recipe) -> Estimate:
         stages = [_named(scoring, "score before"), *stages, after]
         if recipe.evaluation.oracle is not None:
             stages.append(_named(scoring, "score oracle"))
-    return _estimate(inputs, stages, parts)
+    return dataclasses.replace(_estimate(inputs, stages, parts), host_bytes=host)
 
 
 def estimate_layers(recipe: Recipe) -> Estimate:
@@ -287,8 +300,10 @@ def _assumed_data(
         "its answer"
     )
 
+    numbers = itertools.count()  # all records differ, in whatever domain
+
     def records(side: str) -> list[Encoded]:
-        return [Encoded((*range(length - 1), i), length // 2) for i in range(count)]
+        return [Encoded((*range(length - 1), next(numbers)), length // 2) for _ in range(count)]
 
     def domains(side: str, value: SourceConfig | dict[str, SourceConfig]) -> dict[str, list[Encoded]]:
         return {name: records(side) for name in ([side] if isinstance(value, SourceConfig) else value)}
@@ -393,8 +408,6 @@ def _is_whole(recipe: Recipe) -> bool:
 
 
 def _predictable(recipe: Recipe) -> None:
-    if recipe.training.lora is not None:
-        raise UserError("--estimate does not predict adapters; leave training.lora out for an upper bound")
     # SCRUB's sides take turns: no step has both losses.
     if isinstance(recipe.method, ScrubConfig) or not (
         isinstance(recipe.method, FalconConfig | RmuConfig) or _is_whole(recipe)
@@ -418,8 +431,33 @@ def _objectives(inputs: _Inputs, *, whole_batch: bool) -> tuple[Objective, Objec
 
 
 @dataclass(frozen=True)
+class _Scope:
+    """What is trained: the modules as :class:`SplitDecoder` takes them, and the weights adapters are merged into."""
+
+    modules: str | tuple[str, ...]
+    merged: Mapping[str, Tensor] | None
+
+
+@contextlib.contextmanager
+def _scope(inputs: _Inputs, model: PreTrainedModel, layers: Sequence[int]) -> Iterator[_Scope]:
+    """Inside the block the model has the recipe's adapters, if any."""
+    training = inputs.recipe.training
+    if training.lora is None:
+        yield _Scope(training.modules, None)
+        return
+    adapters = add_adapters(model, training.lora, layers, training.modules, inputs.recipe.seed)
+    try:
+        yield _Scope(ADAPTER_TENSORS, adapters.originals())
+    finally:
+        adapters.remove()
+
+
+@dataclass(frozen=True)
 class _Training:
-    """A training run without the model: its cached records, FLOPs, and the shapes that take most."""
+    """A training run without the model: its cached records, FLOPs, and the shapes that take most.
+
+    ``ahead_bytes`` are the activations of a step that lie on the device before it begins.
+    """
 
     flops: int
     forget: BatchShape
@@ -428,6 +466,7 @@ class _Training:
     cache_bytes: int
     complete: bool
     setup_tokens: int
+    ahead_bytes: int
 
 
 def _walk(
@@ -442,7 +481,8 @@ def _walk(
     size = training.micro_batch_size or training.batch_size
     records: list[Encoded] = []
     if training.cache != "never":
-        records = data.repeated(training.steps, training.batch_size) if training.cache == "auto" else data.records()
+        chosen = training.cache == "auto" and training.streaming != "always"
+        records = data.repeated(training.steps, training.batch_size) if chosen else data.records()
     cached = {item.ids for item in records}
     total = _forward_flops(_batches(list({item.ids: item for item in records}.values()), size), frozen)
 
@@ -464,9 +504,10 @@ def _walk(
             setup_tokens = max(setup_tokens, min(count, most))
 
     largest: list[BatchShape | None] = [None, None]
-    micro_batches = False
+    micro_batches, ahead = False, 0
     for step in range(training.steps):
         _, *sides = data.at(step, training.batch_size, recipe.seed)
+        ahead = max(ahead, sum(len(item) for batch in sides for item in batch.records if item.ids in cached))
         for side, whole in enumerate(sides):
             parts = whole.parts(size)
             micro_batches |= len(parts) > 1
@@ -479,12 +520,13 @@ def _walk(
     forget, retain = largest
     assert forget is not None
     assert retain is not None
-    tokens = sum(map(len, cached))
-    cache = 2 * tokens * text_config(inputs.config).hidden_size * inputs.dtype.itemsize
+    of_token = 2 * text_config(inputs.config).hidden_size * inputs.dtype.itemsize
+    cache = sum(map(len, cached)) * of_token
     if training.cache_gb is not None:
         cache = min(cache, int(training.cache_gb * 2**30))
     complete = bool(records) and len(records) == len(data.records())
-    return _Training(total, forget, retain, micro_batches, cache, complete, setup_tokens)
+    ahead_bytes = ahead * of_token if inputs.device == "cuda" else 0
+    return _Training(total, forget, retain, micro_batches, cache, complete, setup_tokens, ahead_bytes)
 
 
 def _measure(shape: BatchShape) -> tuple[int, bool, int]:
@@ -501,12 +543,12 @@ def _optimizer(inputs: _Inputs, masters: Sequence[Tensor]) -> torch.optim.Optimi
 
 
 def _step_memory(
-    inputs: _Inputs, model: PreTrainedModel, layers: Sequence[int], run: _Training, *, cached: bool
+    inputs: _Inputs, model: PreTrainedModel, layers: Sequence[int], scope: _Scope, run: _Training, *, cached: bool
 ) -> StepMemory:
     return step_memory(
         model,
         layers,
-        inputs.recipe.training.modules,
+        scope.modules,
         run.forget,
         run.retain,
         objectives=_objectives(inputs, whole_batch=True),
@@ -527,42 +569,52 @@ def _setup_bytes(inputs: _Inputs, run: _Training) -> int:
 
 
 def _flops_of(
-    inputs: _Inputs, model: PreTrainedModel, layers: Sequence[int]
+    inputs: _Inputs, model: PreTrainedModel, layers: Sequence[int], scope: _Scope
 ) -> Callable[[], tuple[PerRecord, PerRecord]]:
     objective, _ = _objectives(inputs, whole_batch=False)
-    found = step_flops(model, layers, inputs.recipe.training.modules, objective)
+    found = step_flops(model, layers, scope.modules, objective)
     return lambda: (found.frozen, found.trained)
 
 
-def _layer_training(inputs: _Inputs) -> tuple[StageEstimate, dict[str, int], StageEstimate]:
+def _layer_training(inputs: _Inputs) -> tuple[StageEstimate, dict[str, int], StageEstimate, int]:
+    """Training, the parts of its peak, making the patch, and what it keeps in another memory than the device's."""
     recipe, encoded, target = inputs.recipe, inputs.encoded, inputs.layers[-1]
-    model = blueprint(inputs.config, inputs.dtype, layers=target + 1, trust_remote_code=recipe.trust_remote_code)
+    code = recipe.trust_remote_code
+    model = blueprint(inputs.config, inputs.dtype, layers=target + 1, trust_remote_code=code)
     data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, torch.device("cpu"))
-    run = _walk(inputs, recipe.training, data, _flops_of(inputs, model, inputs.layers))
-    memory = _step_memory(inputs, model, inputs.layers, run, cached=run.complete)
+    with _scope(inputs, model, inputs.layers) as scope:
+        run = _walk(inputs, recipe.training, data, _flops_of(inputs, model, inputs.layers, scope))
+        memory = _step_memory(inputs, model, inputs.layers, scope, run, cached=run.complete)
+        masters = SplitDecoder(model, inputs.layers, scope.modules).masters()
     in_memory = run.cache_bytes if inputs.device == "cpu" else 0
-    masters = SplitDecoder(model, inputs.layers, recipe.training.modules).masters()
-    filling = extraction_peak(model, max(run.forget, run.retain, key=_measure)) + memory.masters
+    largest = max(run.forget, run.retain, key=_measure)
+    if recipe.training.streaming == "always":
+        filling = extraction_peak(blueprint(inputs.config, inputs.dtype, layers=1, trust_remote_code=code), largest)
+    else:
+        filling = extraction_peak(model, largest) + memory.masters
     setup = memory.weights + memory.masters + _setup_bytes(inputs, run)
-    peak = max(memory.peak, setup, filling if run.cache_bytes else 0) + in_memory
+    peak = max(memory.peak + run.ahead_bytes, setup, filling if run.cache_bytes else 0) + in_memory
     what = f"{_trained(inputs)}, longest batch {run.forget.records} x {run.forget.length}, " + (
         "cached" if run.cache_bytes else "no cache"
     )
-    training, parts, patch = _stages_of(inputs, memory, masters, peak=peak, flops=run.flops, what=what)
+    training, parts, patch = _stages_of(inputs, memory, scope.merged or masters, peak=peak, flops=run.flops, what=what)
     if in_memory:
         parts["activation cache"] = in_memory
-    return training, parts, patch
+    if run.ahead_bytes:
+        parts["activations fetched ahead"] = run.ahead_bytes
+    return training, parts, patch, run.cache_bytes - in_memory
 
 
 def _trained(inputs: _Inputs) -> str:
-    layers = ", ".join(map(str, inputs.layers))
-    return f"layers {layers} ({inputs.recipe.training.modules}), {inputs.recipe.training.steps} steps"
+    layers, training = ", ".join(map(str, inputs.layers)), inputs.recipe.training
+    lora = "" if training.lora is None else f", LoRA of rank {training.lora.rank}"
+    return f"layers {layers} ({training.modules}{lora}), {training.steps} steps"
 
 
 def _stages_of(
-    inputs: _Inputs, memory: StepMemory, masters: Mapping[str, Tensor], *, peak: int, flops: int, what: str
+    inputs: _Inputs, memory: StepMemory, changed: Mapping[str, Tensor], *, peak: int, flops: int, what: str
 ) -> tuple[StageEstimate, dict[str, int], StageEstimate]:
-    """Training, the parts of its peak, and making the patch."""
+    """Training, the parts of its peak, and making the patch of ``changed``, in fp32."""
     parts = {
         "frozen weights": memory.weights,
         "fp32 masters": memory.masters,
@@ -570,11 +622,14 @@ def _stages_of(
         "waiting gradients": memory.gradients,
         "activations, casts, new gradients": memory.activations,
     }
-    stored = sum(value.numel() for value in masters.values()) * _checkpoint_dtype(inputs.config).itemsize
+    values = sum(value.numel() for value in changed.values())
+    stored, lora = values * _checkpoint_dtype(inputs.config).itemsize, inputs.recipe.training.lora
+    merging = 0 if lora is None else 2 * lora.rank * values
     patch = StageEstimate(
-        "patch", memory.weights + memory.masters, 0, 2 * stored, f"{len(masters)} tensors, before and after"
+        "patch", memory.weights + 4 * values, 0, 2 * stored, f"{len(changed)} tensors, before and after"
     )
-    return StageEstimate("training", peak, flops, memory.masters + memory.optimizer, what), parts, patch
+    training = StageEstimate("training", peak, flops + merging, memory.masters + memory.optimizer, what)
+    return training, parts, patch
 
 
 class _Whole(WholeModel):
@@ -652,13 +707,16 @@ def _passed_together(inputs: _Inputs) -> list[Sequence[Encoded]]:
     return [every[start : start + _CHOICE_RECORDS] for start in range(0, len(every), _CHOICE_RECORDS)]
 
 
-def _whole_training(inputs: _Inputs, model: PreTrainedModel) -> tuple[StageEstimate, dict[str, int], StageEstimate]:
+def _whole_training(
+    inputs: _Inputs, model: PreTrainedModel, scope: _Scope, *, work: bool
+) -> tuple[StageEstimate, dict[str, int], StageEstimate]:
     """As :func:`_layer_training`, for a method on the whole model: its own losses on the largest batches."""
     recipe, encoded, training = inputs.recipe, inputs.encoded, inputs.recipe.training
     every_layer = isinstance(recipe.selection.layers, str) and len(inputs.layers) == number_of_layers(inputs.config)
-    everything = every_layer and training.modules == "all"
-    whole = _Whole(model, None if everything else inputs.layers, training.modules)
-    flops, entry = _whole_flops(inputs, whole), entry_of(recipe.method)
+    everything = every_layer and scope.modules == "all"
+    whole = _Whole(model, None if everything else inputs.layers, scope.modules)
+    flops: dict[str, list[int]] = _whole_flops(inputs, whole) if work else {"setup": [], "forget": [], "retain": []}
+    entry = entry_of(recipe.method)
     data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, torch.device("cpu"))
     size = min(training.micro_batch_size or training.batch_size, training.batch_size)
     # Spare stand-ins are for those that the set-up passes over, which is not known here.
@@ -699,7 +757,8 @@ def _whole_training(inputs: _Inputs, model: PreTrainedModel) -> tuple[StageEstim
     longest = largest["forget"][2].input_ids.shape
     trained = f"all parameters, {training.steps} steps" if everything else _trained(inputs)
     what = f"{trained}, longest batch {longest[0]} x {longest[1]}"
-    return _stages_of(inputs, memory, whole.masters(), peak=max(memory.peak, before), flops=total, what=what)
+    changed = scope.merged or whole.masters()
+    return _stages_of(inputs, memory, changed, peak=max(memory.peak, before), flops=total, what=what)
 
 
 def _whole_memory(
@@ -745,17 +804,19 @@ def _selection(inputs: _Inputs, whole: PreTrainedModel) -> list[StageEstimate]:
     probability = _probability_flops(validation, layers_flops(whole), head_flops(whole))
     peak = _probability_peak(whole, validation)
     total = probability * (1 + len(inputs.candidates))
-    trials = recipe.training.model_copy(update={"steps": settings.sweep.steps})
+    trials = recipe.training.model_copy(update={"steps": settings.sweep.steps, "streaming": "auto"})
     data = TrainingData(parts["forget"], parts["retain"], encoded.pad_id, torch.device("cpu"))
     for target in inputs.candidates:
         layers = range(max(0, target - settings.span + 1), target + 1)
-        run = _walk(inputs, trials, data, _flops_of(inputs, whole, layers))
+        with _scope(inputs, whole, layers) as scope:
+            run = _walk(inputs, trials, data, _flops_of(inputs, whole, layers, scope))
         total += run.flops
         if target == max(inputs.candidates):  # the weights are the same for all, the forward pass is the longest
-            memory = _step_memory(inputs, whole, layers, run, cached=False)
+            with _scope(inputs, whole, layers) as scope:
+                memory = _step_memory(inputs, whole, layers, scope, run, cached=False)
             in_memory = run.cache_bytes if inputs.device == "cpu" else 0
             setup = memory.weights + memory.masters + _setup_bytes(inputs, run)
-            peak = max(peak, max(memory.peak, setup) + in_memory)
+            peak = max(peak, max(memory.peak + run.ahead_bytes, setup) + in_memory)
     stages.append(
         StageEstimate(
             "layer selection: sweep",
@@ -824,6 +885,8 @@ def estimate_table(estimate: Estimate) -> str:
         lines += [
             f"  {name:34} {_bytes(size):>12} {size / total:4.0%}" for name, size in estimate.training.items() if size
         ]
+    if estimate.host_bytes:
+        lines += ["", f"in host memory: {_bytes(estimate.host_bytes)} of kept activations (training.cache_gb)"]
     if not estimate.stages:
         lines.append("nothing to select: the recipe names its layers")
     lines += ["", *(f"assumed: {text}" for text in estimate.assumptions)]

@@ -77,6 +77,7 @@ from falcon_unlearn.stages import (
     resident_means,
     score_model,
     select_layers,
+    stream_prefix,
     streamed_means,
     unlearn_layers,
     unlearn_whole,
@@ -311,7 +312,13 @@ class _TrainingLog:
 def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool) -> Patch:
     recipe = inputs.recipe
     whole = entry_of(recipe.method).kind != "representation"
-    model = load_causal_lm(inputs.source) if whole else load_first_layers(inputs.source, selection.target_layer + 1)
+    cache = CachePlan(folder / "activations", resume, inputs.console.say)
+    if whole:
+        model = load_causal_lm(inputs.source)
+    elif _is_streamed(inputs, selection):
+        model, cache = stream_prefix(recipe, inputs.source, inputs.encoded, selection, cache)
+    else:
+        model = load_first_layers(inputs.source, selection.target_layer + 1)
     log = _TrainingLog(folder / "training.jsonl", inputs.trackers)
     inputs.console.say("training: " + describe_training(recipe, text_config(inputs.config).hidden_size))
 
@@ -339,7 +346,6 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
         if whole:
             trained = unlearn_whole(recipe, model, inputs.encoded, inputs.alternatives, watch, selection=selection)
         else:
-            cache = CachePlan(folder / "activations", resume, inputs.console.say)
             trained = unlearn_layers(recipe, model, inputs.encoded, selection, cache=cache, watch=watch)
     if trained.save_adapter is not None and recipe.training.lora is not None and recipe.training.lora.keep_adapter:
         trained.save_adapter(folder / "adapter", recipe.model)
@@ -357,6 +363,14 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
             "method_diagnostics": trained.diagnostics,
         },
     )
+
+
+def _is_streamed(inputs: _Inputs, selection: LayerSelection) -> bool:
+    """Whether the frozen layers run one at a time: as the recipe says, or because they do not fit into free memory."""
+    training = inputs.recipe.training
+    if training.streaming != "auto" or training.cache == "never" or not selection.layers[0]:
+        return training.streaming == "always"
+    return _size_in_memory(inputs) > _room(inputs.source.device)
 
 
 @dataclass(frozen=True)

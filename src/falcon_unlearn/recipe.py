@@ -133,6 +133,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _prefix_is_streamed(self) -> Recipe:
+        if self.training.streaming == "always" and entry_of(self.method).kind != "representation":
+            raise ValueError(
+                f"training.streaming is always, but {self.method.name} ({self.method.preset}) runs the whole model: "
+                "take a method on one layer's activations, such as falcon with preset layer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _attacks_are_scored(self) -> Recipe:
         if self.attacks.chosen() and not self.evaluation.enabled:
             raise ValueError("attacks: what they bring back is scored: set evaluation.enabled to true")

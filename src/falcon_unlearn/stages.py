@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import tempfile
@@ -37,7 +38,7 @@ from falcon_unlearn.evaluation.metrics import FORGET_SET
 from falcon_unlearn.evaluation.scoring import score_set
 from falcon_unlearn.methods import FalconConfig, Method, Setup, WholeModel, WholeSetup, entry_of
 from falcon_unlearn.model.activation_cache import ActivationCache, record_key
-from falcon_unlearn.model.activation_store import ActivationStore
+from falcon_unlearn.model.activation_store import ActivationStore, Slabs
 from falcon_unlearn.model.decoder import SplitDecoder, find_layers, replaced, scope_parameters
 from falcon_unlearn.model.loading import (
     ModelSource,
@@ -48,6 +49,7 @@ from falcon_unlearn.model.loading import (
 )
 from falcon_unlearn.model.lora import ADAPTER_TENSORS, Adapters, add_adapters, linear_modules
 from falcon_unlearn.model.skeleton import open_skeleton
+from falcon_unlearn.model.streaming import stream_activations
 from falcon_unlearn.selection.activations import layer_means, streamed_layer_means
 from falcon_unlearn.selection.mutual_information import EstimationError, curve, statements
 from falcon_unlearn.selection.sweep import TrialOutcome, spaced_candidates, split_validation, sweep
@@ -430,11 +432,15 @@ def _sweep(
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Where kept activations lie beyond the budget, and whether the file may serve a later, resumed run."""
+    """Where kept activations lie beyond the budget, and whether the file may serve a later, resumed run.
+
+    ``streamed`` holds them all already, and whether the model's layers return tuples.
+    """
 
     path: Path
     resume: bool
     say: Callable[[str], None]
+    streamed: tuple[ActivationCache, bool] | None = None
 
 
 def free_memory() -> int:
@@ -475,23 +481,73 @@ def _memory_errors() -> Iterator[None]:
         ) from error
 
 
-def _keep_activations(training: TrainingConfig, decoder: SplitDecoder, data: TrainingData, plan: CachePlan) -> bool:
+def _store(training: TrainingConfig, plan: CachePlan, device: torch.device) -> ActivationStore:
+    budget = free_memory() / 4 if training.cache_gb is None else training.cache_gb * 2**30
+    return ActivationStore(plan.path, budget, Slabs(pinned=True) if device.type == "cuda" else None)
+
+
+def _say_where(store: ActivationStore, plan: CachePlan) -> None:
+    if store.bytes_on_disk:
+        plan.say(f"activations: {store.bytes_in_memory >> 20} MiB in memory, {store.bytes_on_disk >> 20} MiB on disk")
+
+
+def stream_prefix(
+    recipe: Recipe, source: ModelSource, encoded: EncodedCorpus, selection: LayerSelection, plan: CachePlan
+) -> tuple[PreTrainedModel, CachePlan]:
+    """The model with nothing but the layers to train, and the plan with what the layers below make of all records.
+
+    The layers are read one after the other, so that memory is needed for one of them, or for those that are trained.
+
+    Args:
+        recipe: a representation method's.
+        source: the model.
+        encoded: the corpus.
+        selection: which layers are trained.
+        plan: where activations lie beyond the memory for them; a resumed run computes them again.
+
+    Raises:
+        UserError: a layer's weights are missing, truncated or altered, or the disk is full.
+    """
+    plan.say("training: the layers below run once, one in memory at a time")
+    training, skeleton = recipe.training, open_skeleton(source)
+    store = _store(training, plan, source.device)
+    between = ActivationStore(plan.path.with_name(f"{plan.path.name}.between"), free_memory() / 4)
+    try:
+        records = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, source.device).records()
+        cache, size = ActivationCache(store), _at_once(training)
+        as_tuple = stream_activations(
+            skeleton, selection.layers, records, cache, between, pad_id=encoded.pad_id, batch_size=size
+        )
+    finally:
+        between.close()
+    _say_where(store, plan)
+    for layer in range(selection.layers[0], selection.target_layer + 1):
+        skeleton.load(layer)
+    return skeleton.model, dataclasses.replace(plan, streamed=(cache, as_tuple))
+
+
+def _keep_activations(
+    training: TrainingConfig, decoder: SplitDecoder, data: TrainingData, plan: CachePlan
+) -> tuple[ActivationCache | None, bool]:
     """Keep the frozen activations of what training reads more than once; tell whether that is all it reads."""
+    if plan.streamed is not None:
+        cache, as_tuple = plan.streamed
+        decoder.rely_on(cache, as_tuple=as_tuple)
+        return cache, True
     everything = data.records()
     records = data.repeated(training.steps, training.batch_size) if training.cache == "auto" else everything
     if training.cache == "never" or not records:
-        return False
-    budget = free_memory() / 4 if training.cache_gb is None else training.cache_gb * 2**30
-    store = ActivationStore(plan.path, budget)
+        return None, False
+    store = _store(training, plan, data.device)
     if plan.resume and plan.path.exists() and not store.reopen(decoder.identity()):
         plan.say(f"{plan.path} is damaged, unfinished or of other weights: activations are computed again")
     before = store.bytes_on_disk
-    decoder.keep(ActivationCache(store), records, data.pad_id, _at_once(training))
+    cache = ActivationCache(store)
+    decoder.keep(cache, records, data.pad_id, _at_once(training))
     if store.bytes_on_disk > before:
         store.seal(decoder.identity())
-    if store.bytes_on_disk:
-        plan.say(f"activations: {store.bytes_in_memory >> 20} MiB in memory, {store.bytes_on_disk >> 20} MiB on disk")
-    return len(records) == len(everything)
+    _say_where(store, plan)
+    return cache, len(records) == len(everything)
 
 
 @dataclass(frozen=True)
@@ -525,9 +581,11 @@ def _train(
     checkpoint: CheckpointPlan | None = None,
     watch: Watch | None = None,
 ) -> Method:
-    complete = _keep_activations(training, decoder, data, cache)
+    kept, complete = _keep_activations(training, decoder, data, cache)
     if complete and own_model:
         decoder.release()
+    if kept is not None:
+        data = dataclasses.replace(data, ahead=kept.fetch_ahead)
     setup = Setup(decoder, data.first_batches(_at_once(training)), loss_mask, recipe.seed)
     method: Method = entry_of(recipe.method).build(recipe.method, setup)
     train(

@@ -10,6 +10,7 @@ from falcon_unlearn.model.activation_store import ActivationStore
 from falcon_unlearn.model.decoder import SplitDecoder
 from falcon_unlearn.model.loading import ModelSource
 from falcon_unlearn.model.skeleton import open_skeleton
+from falcon_unlearn.model.streaming import stream_activations
 from falcon_unlearn.selection.activations import layer_means, streamed_layer_means
 
 RECORDS = random_records(5, (9, 17, 13, 6, 11, 17))
@@ -69,6 +70,36 @@ def test_on_disk_it_holds_the_same_bits_as_in_memory(tmp_path, budget):
     assert (tmp_path / "b" / "activations").exists()
     masters = moved(in_memory.masters())
     assert all(map(torch.equal, step(on_disk, masters, batch), step(in_memory, masters, batch)))
+
+
+@pytest.mark.parametrize("budget", [0, 3000, float("inf")])
+def test_batches_that_were_fetched_ahead_are_the_same_bits(tmp_path, budget):
+    """Whatever is then read of them, in whatever cuts, and however often."""
+    model, device = shared_model("llama"), torch.device("cpu")
+    decoder, late = kept(model, tmp_path / "a", budget=budget), kept(model, tmp_path / "b")
+    cache = ActivationCache(ActivationStore(tmp_path / "c" / "activations", budget))
+    decoder.keep(cache, RECORDS, pad_id=0, batch_size=4)
+    masters = moved(decoder.masters())
+    for batches in ([RECORDS[:3], RECORDS[2:]], [RECORDS[4:], RECORDS[:1]]):
+        cache.fetch_ahead(batches, device)
+        for records in (batches[1][:1], batches[0], batches[0][1:], batches[1], RECORDS):
+            batch = collate(records, pad_id=0)
+            assert all(map(torch.equal, step(decoder, masters, batch), step(late, masters, batch)))
+
+
+def test_what_was_fetched_ahead_is_read_once_from_there_and_then_from_the_store(tmp_path, monkeypatch):
+    store, device = ActivationStore(tmp_path / "activations"), torch.device("cpu")
+    cache = ActivationCache(store)
+    SplitDecoder(shared_model("llama"), LAYERS, "mlp").keep(cache, RECORDS, pad_id=0, batch_size=4)
+    asked, get = [], store.get
+    monkeypatch.setattr(store, "get", lambda key: (asked.append(key), get(key))[1])
+    cache.fetch_ahead([RECORDS[:2], RECORDS[2:3]], device)
+    assert len(asked) == 6
+    assert {key.split()[1] for key in asked} == {record_key(record) for record in RECORDS[:3]}
+    cache.read("input", RECORDS[:3], 17, device)
+    assert len(asked) == 6
+    cache.read("input", RECORDS[:3], 17, device)
+    assert len(asked) == 9
 
 
 def test_a_cache_file_that_holds_a_part_is_completed_from_the_model(tmp_path):
@@ -170,6 +201,28 @@ def test_a_released_model_still_trains_to_the_same_bits(architecture, tmp_path):
     assert {name for name, _ in decoder.model.named_parameters() if f"{decoder.stack_name}.1." in name} <= on_meta
     batch = collate([RECORDS[i] for i in (2, 0)], pad_id=0)
     assert all(map(torch.equal, step(decoder, masters, batch), step(whole, masters, batch)))
+
+
+@pytest.mark.parametrize("budget", [0, float("inf")])
+def test_filled_by_streaming_it_trains_to_the_same_bits(architecture, tmp_path, budget):
+    """With nothing but the trained layers ever in memory together."""
+    model = build_model(architecture)
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    skeleton = open_skeleton(ModelSource("tiny", tmp_path / "model", torch.device("cpu"), torch.float32))
+    cache = ActivationCache(ActivationStore(tmp_path / "activations", budget))
+    between = ActivationStore(tmp_path / "between", budget)
+    as_tuple = stream_activations(skeleton, LAYERS, RECORDS, cache, between, pad_id=0, batch_size=4)
+    assert all(p.is_meta for p in skeleton.stack.parameters())
+    for layer in LAYERS:
+        skeleton.load(layer)
+    decoder, resident = SplitDecoder(skeleton.model, LAYERS, "mlp"), kept(model, tmp_path / "resident")
+    decoder.rely_on(cache, as_tuple=as_tuple)
+    masters = moved(resident.masters())
+    own = dict(zip(decoder.parameter_names, masters.values(), strict=True))
+    decoder.release()
+    for indices in ((2, 0), (1, 3, 4, 5)):
+        batch = collate([RECORDS[i] for i in indices], pad_id=0)
+        assert all(map(torch.equal, step(decoder, own, batch), step(resident, masters, batch)))
 
 
 class TestIdentity:

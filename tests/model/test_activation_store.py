@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from falcon_unlearn.errors import UserError
-from falcon_unlearn.model.activation_store import ActivationStore
+from falcon_unlearn.model.activation_store import ActivationStore, Slabs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,14 +24,18 @@ def path(tmp_path):
 @given(
     puts=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 40), st.sampled_from(DTYPES)), max_size=12),
     budget=st.sampled_from([0, 64, 200, 10_000]),
+    slab=st.sampled_from([None, 0, 1, 700, 100_000]),
 )
-def test_is_a_dictionary_whatever_the_budget(tmp_path_factory, puts, budget):
-    store, expected = ActivationStore(tmp_path_factory.mktemp("store") / "file", budget), {}
+def test_is_a_dictionary_whatever_the_budget_and_the_memory(tmp_path_factory, puts, budget, slab):
+    slabs = None if slab is None else Slabs(pinned=False, size=slab)
+    store, expected = ActivationStore(tmp_path_factory.mktemp("store") / "file", budget, slabs), {}
     for seed, (key, length, dtype) in enumerate(puts):
         expected[key] = tensor(seed, (length, 3), dtype)
         store.put(key, expected[key])
         assert store.bytes_in_memory <= budget
     assert [key in store for key in "abcd"] == [key in expected for key in "abcd"]
+    in_memory = sum(v.numel() * v.element_size() for key, v in expected.items() if store.in_memory(key))
+    assert in_memory == store.bytes_in_memory
     for key, value in expected.items():
         assert store.get(key).dtype == value.dtype
         assert torch.equal(store.get(key), value)
@@ -73,6 +78,20 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/activations: cannot be written .*: free some space$"):
         ActivationStore(tmp_path / "file" / "activations", 0).put("a", tensor(0, (2,)))
+
+
+def test_tensors_in_slabs_share_blocks_and_nothing_else():
+    slabs = Slabs(pinned=False, size=1 << 12)
+    values = [tensor(seed, (3, seed), DTYPES[seed % 3]) for seed in range(1, 30)]
+    copies = [slabs.copy(value) for value in values]
+    assert all(map(torch.equal, copies, values))
+    spans = sorted((c.data_ptr(), c.data_ptr() + c.nbytes) for c in copies)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert len({c.untyped_storage().data_ptr() for c in copies}) < 10
+    views = tensor(0, (8, 6)).T[2:]
+    assert torch.equal(slabs.copy(views), views)
+    large = tensor(1, (5000,))
+    assert slabs.copy(large).untyped_storage().nbytes() == large.nbytes
 
 
 class TestReopen:

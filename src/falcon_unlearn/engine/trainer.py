@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from falcon_unlearn.artifacts import StepRecord
@@ -55,7 +55,18 @@ class TrainingConfig(Section):
     cache: Literal["auto", "always", "never"] = "auto"
     """Keep frozen activations between epochs; auto: of every domain whose records are used more than once."""
     cache_gb: float | None = Field(None, ge=0)
-    """Memory for kept activations, beyond which they lie on disk; empty: a quarter of the free memory."""
+    """Memory for kept activations, beyond which they lie on disk; empty: a quarter of the free memory.
+
+    It is the host's, page-locked for CUDA; batches are copied to the GPU a step ahead.
+    """
+    streaming: Literal["auto", "always", "never"] = "auto"
+    """Run the frozen layers one at a time, once, and train on what is kept of them; auto: where they do not fit."""
+
+    @model_validator(mode="after")
+    def _streamed_is_kept(self) -> TrainingConfig:
+        if self.streaming == "always" and self.cache == "never":
+            raise ValueError("streaming is always, which keeps activations: set cache to auto or always")
+        return self
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ class TrainingData:
     retain: Mapping[str, Sequence[Encoded]]
     pad_id: int
     device: torch.device
+    ahead: Callable[[Sequence[Sequence[Encoded]], torch.device], None] | None = None
+    """Told of the batches of a step, in the order they are used, before the step begins."""
 
     def _batch(self, stream: str, encoded: Sequence[Encoded], size: int, turn: int, *, seed: int) -> Batch:
         indices = batch_indices(len(encoded), size, turn, seed, stream)
@@ -77,11 +90,13 @@ class TrainingData:
         turn, domain = divmod(step, len(forget_names))
         retain_turn, retain_domain = divmod(step, len(retain_names))
         forget, retain = forget_names[domain], retain_names[retain_domain]
-        return (
-            forget,
+        batches = (
             self._batch(f"forget/{forget}", self.forget[forget], batch_size, turn, seed=seed),
             self._batch(f"retain/{retain}", self.retain[retain], batch_size, retain_turn, seed=seed),
         )
+        if self.ahead is not None:
+            self.ahead([batch.records for batch in batches], self.device)
+        return forget, *batches
 
     def records(self) -> list[Encoded]:
         """All records of both sides."""

@@ -16,6 +16,8 @@ from torch import Tensor
 from falcon_unlearn.artifacts import write_json
 from falcon_unlearn.errors import UserError
 
+_ALIGNMENT = 512  # bytes, as torch aligns what it allocates on a GPU
+
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as handle:
@@ -32,6 +34,32 @@ class _Slot:
     dtype: torch.dtype
 
 
+class Slabs:
+    """Memory for many tensors, cut from large blocks; given back when none of a block's tensors is left.
+
+    A GPU copies from page-locked memory by itself, while the CPU goes on. torch rounds every page-locked tensor up to
+    a power of two, which a block is.
+
+    Args:
+        pinned: page-lock the blocks; needs CUDA.
+        size: bytes of a block; a larger tensor gets one of its own.
+    """
+
+    def __init__(self, *, pinned: bool, size: int = 64 << 20) -> None:
+        self._pinned = pinned
+        self._size = size
+        self._block = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy of ``tensor`` in host memory."""
+        taken = tensor.numel() * tensor.element_size()
+        if len(self._block) < taken:
+            self._block = torch.empty(max(self._size, taken), dtype=torch.uint8, pin_memory=self._pinned)
+        values = self._block[:taken].view(tensor.dtype).view(tensor.shape)
+        self._block = self._block[-(-taken // _ALIGNMENT) * _ALIGNMENT :]
+        return values.copy_(tensor.detach())
+
+
 class ActivationStore:
     """CPU tensors by key. What does not fit into the budget is written to ``path`` and memory-mapped to be read.
 
@@ -40,11 +68,13 @@ class ActivationStore:
     Args:
         path: the file, made when the budget is first exceeded; an old one is replaced.
         budget: bytes kept in memory.
+        slabs: what is kept in memory lies there.
     """
 
-    def __init__(self, path: Path, budget: float = math.inf) -> None:
+    def __init__(self, path: Path, budget: float = math.inf, slabs: Slabs | None = None) -> None:
         self.path = path
         self._budget = budget
+        self._slabs = slabs
         self._kept: dict[Hashable, Tensor] = {}
         self._slots: dict[Hashable, _Slot] = {}
         self._in_memory = 0
@@ -52,6 +82,10 @@ class ActivationStore:
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept or key in self._slots
+
+    def in_memory(self, key: Hashable) -> bool:
+        """Whether the tensor under ``key`` is there and not in the file."""
+        return key in self._kept
 
     @property
     def bytes_in_memory(self) -> int:
@@ -73,7 +107,10 @@ class ActivationStore:
         slot = self._slots.get(key)
         if slot is None and self._in_memory - self._size(key) + size <= self._budget:
             self._in_memory += size - self._size(key)
-            self._kept[key] = tensor.detach().to("cpu", copy=True).contiguous()
+            if self._slabs is None:
+                self._kept[key] = tensor.detach().to("cpu", copy=True).contiguous()
+            else:
+                self._kept[key] = self._slabs.copy(tensor)
             return
         if key in self._kept:
             self._in_memory -= self._size(key)

@@ -202,6 +202,15 @@ class SplitDecoder:
             self.prepare(collate([Encoded((pad_id,), 0)], pad_id).to(self.model.device))
         self._cache = cache
 
+    def rely_on(self, cache: ActivationCache, *, as_tuple: bool) -> None:
+        """Read from a cache that was filled elsewhere and holds all there will be; the prefix may be on meta then.
+
+        Args:
+            cache: of this model and these layers.
+            as_tuple: see :func:`bypassed`.
+        """
+        self._cache, self._as_tuple = cache, as_tuple
+
     def identity(self) -> str:
         """Hash of all that :meth:`prepare` depends on but the tokens: weights, layers, dtype, device, versions."""
         import transformers

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from falcon_unlearn.corpus.batching import Batch
+from falcon_unlearn.corpus.batching import Batch, Encoded, collate, length_sorted_batches
+from falcon_unlearn.model.activation_cache import ActivationCache
 from falcon_unlearn.model.activation_store import ActivationStore
 from falcon_unlearn.model.decoder import LayerReachedError, bypassed, first_tensor
 from falcon_unlearn.model.skeleton import Skeleton
@@ -25,7 +26,7 @@ def stream_layers(
     store: ActivationStore,
     *,
     masked: bool = True,
-) -> None:
+) -> bool:
     """Run layers 0 to ``last`` over all batches with one layer in memory at a time.
 
     Each layer is called from the model's own forward pass, with the layers below it passed through and its input
@@ -40,6 +41,9 @@ def stream_layers(
             hidden)`` on the model's device. Both are lent: read or copy them, do not write into them.
         store: keeps the hidden states between layers, under the numbers of the batches.
         masked: hand the attention mask on; a causal decoder does not need it to ignore padding on the right.
+
+    Returns:
+        Whether layers of this architecture return a tuple, as :func:`~falcon_unlearn.model.decoder.bypassed` asks.
 
     Raises:
         UserError: a layer's weights are missing, truncated or altered, or the disk is full.
@@ -59,6 +63,39 @@ def stream_layers(
                     visit(layer, number, before, after)
         finally:
             skeleton.drop(layer)
+    return as_tuple
+
+
+def stream_activations(
+    skeleton: Skeleton,
+    layers: Sequence[int],
+    records: Sequence[Encoded],
+    cache: ActivationCache,
+    store: ActivationStore,
+    *,
+    pad_id: int,
+    batch_size: int,
+) -> bool:
+    """Fill ``cache`` as :meth:`SplitDecoder.keep <falcon_unlearn.model.decoder.SplitDecoder.keep>` does, to the bit.
+
+    Args:
+        skeleton: see :func:`stream_layers`, as for what is returned and raised.
+        layers: those that are to be trained; the largest is the target.
+        records: what the cache will hold.
+        cache: on the CPU.
+        store: keeps the hidden states between layers.
+        pad_id: token to pad with.
+        batch_size: records per forward pass.
+    """
+    groups = [[records[i] for i in indices] for indices in length_sorted_batches(records, batch_size)]
+
+    def visit(layer: int, number: int, before: Tensor, after: Tensor) -> None:
+        if layer == min(layers):
+            cache.add("input", groups[number], before)
+        if layer == max(layers):
+            cache.add("output", groups[number], after)
+
+    return stream_layers(skeleton, [collate(group, pad_id) for group in groups], max(layers), visit, store)
 
 
 def _through(
