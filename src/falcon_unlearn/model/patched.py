@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from falcon_unlearn.errors import UserError
-from falcon_unlearn.model.disk_names import TORCH_DTYPES, to_disk
 from falcon_unlearn.model.ancestry import SHORT, Ancestor, level
+from falcon_unlearn.model.disk_names import TORCH_DTYPES, to_disk
 from falcon_unlearn.model.loading import ModelSource, fetch_files, load_causal_lm
 from falcon_unlearn.model.patch import DOCUMENT_FILE, PATCH_FILE, Patch, apply_patch, read_patch
 from falcon_unlearn.model.shards import sha256_of, tensor_files, tensor_spans
@@ -106,9 +106,7 @@ def read_patches(source: ModelSource, folders: Sequence[Path]) -> tuple[Patch, .
     return patches
 
 
-def parameter_names(
-    patch: Patch, model: PreTrainedModel, on_disk: Collection[str] | None = None
-) -> dict[str, str]:
+def parameter_names(patch: Patch, model: PreTrainedModel, on_disk: Collection[str] | None = None) -> dict[str, str]:
     """Name on disk -> name of the parameter in ``model``, of the patch's tensors or of those in ``on_disk``.
 
     Raises:
