@@ -210,11 +210,30 @@ def _print_run(run: Run, *, as_json: bool) -> None:
         _print_json({"output": str(run.folder), "layer_selection": run.selection, "metrics": run.metrics})
         return
     print(metrics_table(run.metrics))
+    _print_earlier(run.metrics)
     if run.attacks:
         from falcon_unlearn.attack import attacks_table
 
         print(f"\n{attacks_table(run.attacks)}")
     print(f"\nreport  {run.folder / 'report.html'}\npatch   {run.folder / 'patch'}")
+
+
+def _print_earlier(metrics: Mapping[str, Metrics | None]) -> None:
+    from falcon_unlearn.earlier import SUITE
+
+    found = {
+        name: suite.metrics
+        for name, of_model in metrics.items()
+        if of_model is not None and (suite := of_model.suites.get(SUITE)) is not None
+    }
+    if "after" in found:
+        rows = [["earlier forget sets", *found]]
+        rows += [
+            [f"  {key.replace('_', ' ')}", *(number(of_model[key].value) for of_model in found.values())]
+            for key in found["after"]
+            if key.endswith(("_accuracy", "_probability"))
+        ]
+        print(f"\n{in_columns(rows)}")
 
 
 def _console(arguments: argparse.Namespace) -> Any:
