@@ -59,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. method.preset=paper seed=1")
         sub.add_argument("--estimate", action="store_true", help="predict memory and work from the config; run nothing")
         _folder_state(sub)
+    run.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="PATCH",
+        help="stand on an earlier request: its patch or run folder (repeat to say where those below it lie now)",
+    )
 
     patch = add("patch", "show, apply, take back or check a patch", _patch)
     patch.add_argument("action", choices=["info", "apply", "revert", "verify"])
@@ -66,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     patch.add_argument("--model", metavar="BASE", help="checkpoint folder or hub id")
     patch.add_argument("--out", metavar="DIR", help="where the resulting checkpoint goes (revert: in place without it)")
     patch.add_argument("--link", action="store_true", help="apply: hard-link untouched files instead of copying them")
+    patch.add_argument("--stack", action="store_true", help="apply: with the patches it stands on, as far as lacking")
+    patch.add_argument(
+        "--recompute", action="store_true", help="revert: run the requests above PATCH again without it, into --out"
+    )
 
     compare = add("compare", "run recipes, or a grid of methods and seeds, into one table and one figure", _compare)
     compare.add_argument("recipes", nargs="*", metavar="RECIPE.yaml", help="one row each")
@@ -95,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     track.add_argument("--to", required=True, nargs="+", metavar="TRACKER", help="tensorboard, wandb, mlflow, trackio")
     track.add_argument("--project", metavar="NAME", help="project or experiment there (default: the recipe's)")
     track.add_argument("--name", metavar="NAME", help="name of the run there (default: the recipe's)")
+
+    curve = add("sustainability", "utility and earlier forget sets after each of several requests", _sustainability)
+    curve.add_argument("runs", nargs="+", metavar="RUN_DIR", help="of the last request (and of those that were moved)")
+    curve.add_argument(
+        "--out", default="runs/sustainability", metavar="DIR", help="for the page (default: runs/sustainability)"
+    )
 
     add("methods", "list what is built in", _methods)
     add("doctor", "versions, devices, memory, data: what is there and what to do about what is not", _doctor)
@@ -203,11 +220,30 @@ def _print_run(run: Run, *, as_json: bool) -> None:
         _print_json({"output": str(run.folder), "layer_selection": run.selection, "metrics": run.metrics})
         return
     print(metrics_table(run.metrics))
+    _print_earlier(run.metrics)
     if run.attacks:
         from falcon_unlearn.attack import attacks_table
 
         print(f"\n{attacks_table(run.attacks)}")
     print(f"\nreport  {run.folder / 'report.html'}\npatch   {run.folder / 'patch'}")
+
+
+def _print_earlier(metrics: Mapping[str, Metrics | None]) -> None:
+    from falcon_unlearn.earlier import SUITE
+
+    found = {
+        name: suite.metrics
+        for name, of_model in metrics.items()
+        if of_model is not None and (suite := of_model.suites.get(SUITE)) is not None
+    }
+    if "after" in found:
+        rows = [["earlier forget sets", *found]]
+        rows += [
+            [f"  {key.replace('_', ' ')}", *(number(of_model[key].value) for of_model in found.values())]
+            for key in found["after"]
+            if key.endswith(("_accuracy", "_probability"))
+        ]
+        print(f"\n{in_columns(rows)}")
 
 
 def _console(arguments: argparse.Namespace) -> Any:
@@ -244,7 +280,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _load(arguments: argparse.Namespace) -> Any:
     from falcon_unlearn.recipe import load_recipe
 
-    return load_recipe(Path(arguments.recipe), arguments.overrides)
+    after = [f"after={json.dumps(arguments.after)}"] if getattr(arguments, "after", None) else []
+    return load_recipe(Path(arguments.recipe), [*arguments.overrides, *after])
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
@@ -295,6 +332,8 @@ def _patch(arguments: argparse.Namespace) -> int:
         return _patch_info(patch, as_json=arguments.json)
     if arguments.model is None:
         raise UserError(f"patch {arguments.action}: --model is needed")
+    if arguments.recompute:
+        return _recompute(patch, arguments)
     model = _checkpoint_folder(arguments.model)
     if arguments.action == "verify":
         verified = patches.verify_patch(patch, model)
@@ -304,11 +343,20 @@ def _patch(arguments: argparse.Namespace) -> int:
             print(_STATES[verified.state].format(model=arguments.model))
             for mismatch in verified.mismatches[:5]:
                 print(f"  {mismatch.name}: {mismatch.reason}")
-        return 0 if verified.state in {"base", "patched"} else 2
+            if verified.lacks is not None:
+                print(f"  lacks the patch {verified.lacks}, on which this one stands")
+        return 0 if verified.state in {"base", "patched"} and verified.lacks is None else 2
     if arguments.action == "apply":
         if arguments.out is None:
             raise UserError("patch apply: --out is needed; the base is never changed")
-        report = patches.apply_patch(patch, model, Path(arguments.out), link=arguments.link)
+        if arguments.stack:
+            from falcon_unlearn.model.patched import read_stack
+
+            report = patches.apply_stack(
+                read_stack([Path(arguments.patch)]), model, Path(arguments.out), link=arguments.link
+            )
+        else:
+            report = patches.apply_patch(patch, model, Path(arguments.out), link=arguments.link)
     else:
         report = patches.revert_patch(patch, model, None if arguments.out is None else Path(arguments.out))
     if arguments.json:
@@ -322,6 +370,21 @@ def _patch(arguments: argparse.Namespace) -> int:
         )
         if report.other_weights:
             print(f"taken over unchanged, still with the old weights: {', '.join(report.other_weights)}")
+    return 0
+
+
+def _recompute(patch: Any, arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.recompute import recompute_without, stack_on
+
+    if arguments.action != "revert" or arguments.out is None:
+        raise UserError("patch revert --recompute: --out is needed, a folder for the new runs")
+    runs = recompute_without(patch, stack_on(arguments.model), Path(arguments.out), _console(arguments))
+    if arguments.json:
+        _print_json([{"output": str(run.folder), "metrics": run.metrics} for run in runs])
+        return 0
+    for run in runs:
+        print(f"{run.folder}\n{metrics_table(run.metrics)}\n")
+    print(f"model   falcon-unlearn patch apply {runs[-1].folder / 'patch'} --stack --model BASE --out DIR")
     return 0
 
 
@@ -348,10 +411,15 @@ def _patch_info(patch: Any, *, as_json: bool) -> int:
                 "tensors": patch.tensors,
                 "provenance": patch.provenance,
                 "has_original": original,
+                "id": patch.id,
+                "ancestry": [{"id": ancestor.id, "folder": ancestor.folder} for ancestor in patch.ancestry],
             }
         )
         return 0
     print(f"base model   {patch.base_model}")
+    print(f"id           {patch.id}")
+    for place, ancestor in enumerate(patch.ancestry):
+        print(f"{'stands on' if place == 0 else '  and then':12} {ancestor}")
     print(f"tensors      {len(patch.tensors)}")
     for name, change in patch.tensors.items():
         print(f"  {name}  {change.dtype} {list(change.shape)}")
@@ -495,6 +563,20 @@ def _track(arguments: argparse.Namespace) -> int:
         _print_json({"run": str(folder), "sent_to": list(config.use)})
     else:
         print(f"sent to {', '.join(config.use)}")
+    return 0
+
+
+def _sustainability(arguments: argparse.Namespace) -> int:
+    from falcon_unlearn.report.curve import sustainability_table, write_sustainability
+    from falcon_unlearn.sustainability import sustainability
+
+    curve, out = sustainability(arguments.runs), Path(arguments.out)
+    write_sustainability(curve, out)
+    if arguments.json:
+        _print_json({"output": str(out), "sustainability": curve})
+    else:
+        print(sustainability_table(curve))
+        print(f"page    {out / 'sustainability.html'}\nnumbers {out / 'sustainability.json'}")
     return 0
 
 

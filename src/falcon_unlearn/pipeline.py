@@ -36,6 +36,7 @@ from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.batching import Encoded, Encoder
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, content_hash, load_corpus, load_records
+from falcon_unlearn.earlier import FORGOTTEN, earlier_requests, forgotten_digests, open_earlier, without_forgotten
 from falcon_unlearn.engine.trainer import CheckpointPlan, InterruptedTrainingError
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.metrics import FORGET_SET, compute_metrics
@@ -55,7 +56,7 @@ from falcon_unlearn.model.loading import (
     text_config,
 )
 from falcon_unlearn.model.patch import DOCUMENT_FILE, Patch, read_patch, write_patch
-from falcon_unlearn.model.patched import load_patched
+from falcon_unlearn.model.patched import load_patched, read_patches
 from falcon_unlearn.model.shards import fingerprint, tensor_files, tensor_spans
 from falcon_unlearn.model.skeleton import fetch_first_layers, load_first_layers
 from falcon_unlearn.recipe import Recipe
@@ -138,6 +139,7 @@ class _Inputs:
         """What a resumed run must still find as it was."""
         return {
             "model": fingerprint(self.source.folder, self.on_disk),
+            **({"after": self.source.patches[-1].id} if self.source.patches else {}),
             **({} if self.oracle is None else {"evaluation.oracle": fingerprint(self.oracle.folder)}),
             **{f"corpus.{name}": digest for name, digest in self.corpus.hashes.items()},
             **{f"evaluation.{name}": content_hash(records) for name, records in self.sets.items()},
@@ -163,7 +165,8 @@ class _Inputs:
 
 def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking) -> _Inputs:
     base_dir = Path.cwd()
-    corpus = load_corpus(recipe.corpus, base_dir)
+    earlier = earlier_requests(recipe.after)
+    corpus, lines = without_forgotten(load_corpus(recipe.corpus, base_dir), earlier)
     source = resolve_model(
         recipe.model,
         base_dir,
@@ -184,6 +187,7 @@ def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking) -> _Input
         )
     config = load_config(source)
     on_disk = tensor_spans(source.folder, _tensors_in_use(recipe, source))
+    source = replace(source, patches=read_patches(source, [request.patch.folder for request in earlier]))
     check_layers(recipe, config, {name: span.shape for name, span in on_disk.items()})
     encoder = Encoder(
         load_tokenizer(source), template=recipe.corpus.template, plain_template=recipe.corpus.plain_template
@@ -194,6 +198,12 @@ def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking) -> _Input
     scored = recipe.evaluation.enabled
     sets = evaluation_sets(recipe, corpus, base_dir) if scored else {}
     suites = open_suites(recipe.evaluation.suites, base_dir, recipe.seed) if scored else {}
+    if scored and recipe.evaluation.earlier:
+        again, unread = open_earlier(earlier, recipe.evaluation.max_new_tokens)
+        suites |= again
+        lines += unread
+    for line in lines:
+        console.say(line)
     attacked = _attacked(recipe, corpus, sets, base_dir)
     return _Inputs(
         recipe,
@@ -252,6 +262,7 @@ def _corpus_facts(inputs: _Inputs) -> dict[str, Any]:
         "loss_mask": inputs.encoded.loss_mask,
         "hashes": inputs.hashes,
         "scored_records": {name: len(records) for name, records in inputs.sets.items()},
+        FORGOTTEN: forgotten_digests(inputs.corpus),
     }
 
 
@@ -357,11 +368,13 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
         {
             "recipe": recipe.model_dump(mode="json"),
             "data": dict(inputs.corpus.hashes),
+            "model_fingerprint": fingerprint(inputs.source.folder, inputs.on_disk),
             "layers": list(selection.layers),
             "seed": recipe.seed,
             "versions": versions(),
             "method_diagnostics": trained.diagnostics,
         },
+        below=inputs.source.patches,
     )
 
 

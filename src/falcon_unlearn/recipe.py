@@ -83,6 +83,8 @@ class EvaluationConfig(Section):
     """Score at most so many records of a set, drawn with the seed; empty: all."""
     suites: SuitesConfig = SuitesConfig()
     """Benchmarks that every model is scored with too."""
+    earlier: bool = True
+    """after: score the forget sets of earlier requests again."""
 
 
 class ReportConfig(Section):
@@ -103,6 +105,11 @@ class Recipe(Section):
     """The unlearning method and its knobs."""
     output: str = Field(min_length=1)
     """Run folder, from the current directory."""
+    after: tuple[str, ...] = ()
+    """The request this one stands on: a run or patch folder, which brings all that is below it (docs/requests.md).
+
+    Several: the last is stood on, the others say where something below it lies now.
+    """
     selection: SelectionConfig = SelectionConfig()
     """Which layers are trained."""
     training: TrainingConfig = TrainingConfig()
@@ -125,6 +132,11 @@ class Recipe(Section):
     """CPU threads of the computation; empty: torch's own choice. Results repeat exactly only at the same number."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    @field_validator("after", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _adapters_are_trained(self) -> Recipe:
@@ -422,6 +434,7 @@ def with_absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     plain = visit(recipe.model_dump(mode="json"))
     plain["model"] = absolute(recipe.model)
     plain["output"] = str(Path(recipe.output).expanduser().resolve())
+    plain["after"] = [absolute(name) for name in recipe.after]
     if recipe.evaluation.oracle is not None:
         plain["evaluation"]["oracle"] = absolute(recipe.evaluation.oracle)
     for suite in plain["evaluation"]["suites"].values():

@@ -141,15 +141,14 @@ def evaluation_sets(recipe: Recipe, corpus: Corpus, base_dir: Path) -> dict[str,
             sets[name] = [record for records in own.values() for record in records]
     for name, source in config.utility.items():
         sets[name] = load_records(source, base_dir, f"evaluation.utility.{name}")
-    most = config.max_records
-    if most is None:
-        return sets
-    return {
-        name: [records[i] for i in sorted(random.Random(f"{name} {recipe.seed}").sample(range(len(records)), most))]
-        if len(records) > most
-        else records
-        for name, records in sets.items()
-    }
+    return {name: at_most(records, name, config.max_records, recipe.seed) for name, records in sets.items()}
+
+
+def at_most(records: list[Record], name: str, most: int | None, seed: int) -> list[Record]:
+    """``most`` records of a set, drawn with the seed, in their order; all of them where there are no more."""
+    if most is None or len(records) <= most:
+        return records
+    return [records[i] for i in sorted(random.Random(f"{name} {seed}").sample(range(len(records)), most))]
 
 
 def score_model(

@@ -419,6 +419,26 @@ def _key(side: str, domain: str) -> str:
     return side if domain == side else f"{side}.{domain}"
 
 
+def load_side(
+    side: str, value: SourceConfig | Mapping[str, SourceConfig], base_dir: Path
+) -> tuple[dict[str, tuple[Record, ...]], dict[str, int]]:
+    """One side of a corpus, one of each exact duplicate.
+
+    Returns:
+        Records by domain, and the number of further copies, keyed like :class:`CorpusReport`.
+
+    Raises:
+        UserError: as :func:`load_records`.
+    """
+    domains: dict[str, tuple[Record, ...]] = {}
+    duplicates: dict[str, int] = {}
+    for domain, source in ({side: value} if isinstance(value, SourceConfig) else value).items():
+        found = load_records(source, base_dir, f"corpus.{_key(side, domain)}")
+        domains[domain] = _distinct(found)
+        duplicates[_key(side, domain)] = len(found) - len(domains[domain])
+    return domains, duplicates
+
+
 def load_corpus(config: CorpusConfig, base_dir: Path) -> Corpus:
     """Load both sets, keep one of each exact duplicate and settle what stands in both.
 
@@ -432,10 +452,8 @@ def load_corpus(config: CorpusConfig, base_dir: Path) -> Corpus:
     sides: dict[str, dict[str, tuple[Record, ...]]] = {"forget": {}, "retain": {}}
     duplicates: dict[str, int] = {}
     for side, value in (("forget", config.forget), ("retain", config.retain)):
-        for domain, source in ({side: value} if isinstance(value, SourceConfig) else value).items():
-            found = load_records(source, base_dir, f"corpus.{_key(side, domain)}")
-            sides[side][domain] = _distinct(found)
-            duplicates[_key(side, domain)] = len(found) - len(sides[side][domain])
+        sides[side], further = load_side(side, value, base_dir)
+        duplicates |= further
 
     forgotten = {record.key: record for records in sides["forget"].values() for record in records}
     shared = [record for records in sides["retain"].values() for record in records if record.key in forgotten]

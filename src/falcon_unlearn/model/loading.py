@@ -17,6 +17,8 @@ from falcon_unlearn.model.shards import weight_files
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from falcon_unlearn.model.patch import Patch
+
 DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 
 _ALL_BUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -28,6 +30,7 @@ class ModelSource:
     """Where a model lies (``folder``, resolved) and how it is to be loaded.
 
     ``revision`` is the commit of a hub id, whose weights may have yet to be fetched; None for a local folder.
+    ``patches`` are laid on what is in the folder wherever weights are loaded, the earliest first.
     """
 
     name: str
@@ -36,6 +39,7 @@ class ModelSource:
     dtype: torch.dtype | None
     trust_remote_code: bool = False
     revision: str | None = None
+    patches: tuple[Patch, ...] = ()
 
 
 def resolve_device(device: str) -> torch.device:
@@ -240,6 +244,10 @@ def load_causal_lm(source: ModelSource) -> PreTrainedModel:
     """The whole model with its language-model head, frozen, in eval mode."""
     from transformers import AutoModelForCausalLM
 
+    if source.patches:
+        from falcon_unlearn.model.patched import load_patched  # which loads the base by this function
+
+        return load_patched(source, ())
     model: PreTrainedModel
     config = load_config(source)
     fetch_weights(source)

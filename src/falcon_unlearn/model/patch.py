@@ -29,6 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from falcon_unlearn.artifacts import write_json
 from falcon_unlearn.errors import UserError
+from falcon_unlearn.model.ancestry import LEDGER_FILE, Ancestor, Laid, level, patch_id, read_ledger, write_ledger
 from falcon_unlearn.model.shards import (
     TensorSpan,
     file_spans,
@@ -61,12 +62,28 @@ class TensorChange:
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch on the disk. ``tensors`` may be empty: the run changed nothing that the on-disk dtype can show."""
+    """A patch on the disk. ``tensors`` may be empty: the run changed nothing that the on-disk dtype can show.
+
+    ``ancestry`` are the patches below it, the earliest first: it applies to the base with those, and to nothing else.
+    """
 
     folder: Path
     base_model: str
     tensors: Mapping[str, TensorChange]
     provenance: Mapping[str, Any]
+    sha256: str
+    ancestry: tuple[Ancestor, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """Tells it from any other patch, and from the same one on other patches."""
+        data = self.provenance.get("data")
+        return patch_id(self.sha256, self.changes, self.ancestry, data if isinstance(data, dict) else {})
+
+    @property
+    def changes(self) -> dict[str, tuple[str, str]]:
+        """Tensor -> SHA-256 before and after."""
+        return {name: (change.sha256_before, change.sha256_after) for name, change in self.tensors.items()}
 
     @property
     def holds_original(self) -> bool:
@@ -110,12 +127,14 @@ class VerifyReport:
 
     ``state`` is ``base`` or ``patched`` where all tensors of the patch are so, ``mixed`` where some are one and
     some the other, ``other`` where any is neither (those are the ``mismatches``). An empty patch finds ``base``.
+    ``lacks`` is the first of the patches below it that is not on the model.
     """
 
     state: Literal["base", "patched", "mixed", "other"]
     mismatches: tuple[Mismatch, ...]
     at_base: tuple[str, ...]
     at_patched: tuple[str, ...]
+    lacks: Ancestor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +146,7 @@ class _Document:
     patch_sha256: str
     tensors: dict[str, TensorChange]
     provenance: dict[str, Any]
+    ancestry: tuple[Ancestor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,8 +218,9 @@ def write_patch(
     provenance: Mapping[str, Any],
     *,
     keep_original: bool = True,
+    below: Sequence[Patch] = (),
 ) -> Patch:
-    """Write the patch that turns ``base`` into the model with ``changed`` in place.
+    """Write the patch that turns ``base``, with the patches ``below``, into the model with ``changed`` in place.
 
     Args:
         folder: where to; a patch that is already there is replaced.
@@ -209,6 +230,7 @@ def write_patch(
         base_model: what the user calls the base (hub id or path), for people to read.
         provenance: any JSON.
         keep_original: also write the tensors before, which still hold the forgotten knowledge.
+        below: the patches it stands on, the earliest first, all of them.
 
     Raises:
         UserError: ``base`` is not a sound safetensors checkpoint, values overflow its dtype, or the disk is full.
@@ -216,7 +238,8 @@ def write_patch(
     """
     from safetensors import safe_open
 
-    spans = tensor_spans(base, changed)
+    laid = laid_over(below)
+    spans = {name: laid.get(name, span) for name, span in tensor_spans(base, changed).items()}
     new: dict[str, torch.Tensor] = {}
     changes: dict[str, TensorChange] = {}
     for name, tensor in sorted(changed.items()):
@@ -238,13 +261,23 @@ def write_patch(
         if keep_original:
             write_safetensors(staged / ORIGINAL_FILE, like, lambda name: iter_bytes(base, like[name]))
             files.insert(0, ORIGINAL_FILE)
-        write_json(staged / DOCUMENT_FILE, _Document(1, base_model, digest, changes, dict(provenance)))
+        ancestry = tuple(Ancestor(patch.id, str(patch.folder.resolve()), patch.changes) for patch in below)
+        write_json(staged / DOCUMENT_FILE, _Document(1, base_model, digest, changes, dict(provenance), ancestry))
         folder.mkdir(exist_ok=True)
         for file in (DOCUMENT_FILE, PATCH_FILE, ORIGINAL_FILE):
             (folder / file).unlink(missing_ok=True)
         for file in files:
             (staged / file).replace(folder / file)
     return read_patch(folder)
+
+
+def laid_over(patches: Sequence[Patch]) -> dict[str, TensorSpan]:
+    """Where the tensors are that patches lay on their base, the earliest first; ``file`` is absolute."""
+    found: dict[str, TensorSpan] = {}
+    for patch in patches:
+        path = (patch.folder / PATCH_FILE).resolve()
+        found |= {name: replace(span, file=str(path)) for name, span in _stored_spans(path, patch.tensors).items()}
+    return found
 
 
 def _stored_spans(path: Path, tensors: Mapping[str, TensorChange]) -> dict[str, TensorSpan]:
@@ -277,7 +310,7 @@ def read_patch(folder: Path) -> Patch:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     if digest != document.patch_sha256:
         raise UserError(f"{weights}: was altered, its SHA-256 is not the one in {DOCUMENT_FILE}: get the patch again")
-    return Patch(folder, document.base_model, document.tensors, document.provenance)
+    return Patch(folder, document.base_model, document.tensors, document.provenance, digest, document.ancestry)
 
 
 def _compare(patch: Patch, model: Path, spans: Mapping[str, TensorSpan]) -> VerifyReport:
@@ -308,13 +341,26 @@ def _compare(patch: Patch, model: Path, spans: Mapping[str, TensorSpan]) -> Veri
     return VerifyReport(state, tuple(mismatches), tuple(at_base), tuple(at_patched))
 
 
+def _lacks(patch: Patch, model: Path, spans: Mapping[str, TensorSpan], found: VerifyReport) -> Ancestor | None:
+    """The first patch below ``patch`` that is not on the model; None too where that is no model of this line."""
+    known = {name: patch.tensors[name].sha256_before for name in (*found.at_base, *found.at_patched)}
+
+    def digest(name: str) -> str | None:
+        return known.get(name) or (sha256_of(model, spans[name]) if name in spans else None)
+
+    there = level([ancestor.tensors for ancestor in patch.ancestry], digest)
+    return None if there is None or there == len(patch.ancestry) else patch.ancestry[there]
+
+
 def verify_patch(patch: Patch, model: Path) -> VerifyReport:
     """Say whether the checkpoint in ``model`` is the patch's base or its result; only its tensors are looked at.
 
     Raises:
         UserError: ``model`` is not a sound safetensors checkpoint.
     """
-    return _compare(patch, model, tensor_spans(model))
+    spans = tensor_spans(model)
+    found = _compare(patch, model, spans)
+    return replace(found, lacks=_lacks(patch, model, spans, found))
 
 
 def _describe(report: VerifyReport, patch: Patch) -> str:
@@ -420,9 +466,13 @@ def _build(
     folder: Path,
     *,
     link: bool,
+    laid: Sequence[Laid],
 ) -> ApplyReport:
-    """Write a copy of ``model`` with ``edits`` from files in ``folder`` to ``out``, all of it or nothing."""
-    files = list(_files(model))
+    """Write a copy of ``model`` with ``edits`` from files in ``folder`` to ``out``, all of it or nothing.
+
+    ``laid`` are the patches that are on the copy.
+    """
+    files = [file for file in _files(model) if str(file) != LEDGER_FILE]
     shards = {span.file for span in spans.values()}
     others = tuple(str(file) for file in files if file.suffix in _WEIGHT_SUFFIXES and str(file) not in shards)
     kinds: Counter[str] = Counter()
@@ -442,6 +492,7 @@ def _build(
                 _sync(target)
                 kinds[kind] += 1
                 written += target.stat().st_size if kind == "copied" else 0
+        write_ledger(staged, laid)
         staged.replace(out)
     return ApplyReport(
         files_rewritten=kinds["rewritten"],
@@ -467,7 +518,8 @@ def apply_patch(patch: Patch, base: Path, out: Path, *, link: bool = False) -> A
             changes the base too.
 
     Raises:
-        UserError: not the patch's base or already patched, ``out`` in use, the patch altered, the disk full.
+        UserError: not the patch's base or already patched, a patch below it is not there or another one is,
+            ``out`` in use, the patch altered, the disk full.
     """
     with _disk_errors(f"cannot write {out}"):
         spans = tensor_spans(base)
@@ -475,6 +527,12 @@ def apply_patch(patch: Patch, base: Path, out: Path, *, link: bool = False) -> A
         report = _compare(patch, base, spans)
         if report.state == "patched":
             raise UserError(f"{base}: is already patched: nothing to apply")
+        lacks = _lacks(patch, base, spans, report)
+        if lacks is not None:
+            raise UserError(
+                f"{base}: lacks the patch {lacks}, on which {patch.folder} stands: apply that first, or all that is "
+                "lacking at once with --stack"
+            )
         if report.state == "mixed":
             raise UserError(
                 f"{base}: is patched in part ({len(report.at_patched)} of {len(patch.tensors)} tensors, first: "
@@ -482,9 +540,61 @@ def apply_patch(patch: Patch, base: Path, out: Path, *, link: bool = False) -> A
             )
         if report.state == "other":
             raise UserError(f"{base}: wrong base: {_describe(report, patch)}")
+        laid = _laid_below(patch, base)
         digests = {name: change.sha256_after for name, change in patch.tensors.items()}
         edits = _edits(patch.folder / PATCH_FILE, patch.tensors, digests, spans)
-        return _build(base, target, spans, edits, patch.folder, link=link)
+        return _build(base, target, spans, edits, patch.folder, link=link, laid=(*laid, _as_laid(patch)))
+
+
+def _as_laid(patch: Patch) -> Laid:
+    return Laid(patch.id, str(patch.folder.resolve()))
+
+
+def _laid_below(patch: Patch, base: Path) -> tuple[Laid, ...]:
+    """The patches on ``base``, which must be those that ``patch`` stands on as far as there is a list."""
+    listed = read_ledger(base)
+    expected = [ancestor.id for ancestor in patch.ancestry]
+    other = next((laid for laid in listed if laid.id not in expected), None)
+    if other is not None:
+        raise UserError(
+            f"{base}: has the patch {other}, on which {patch.folder} does not stand: run its request again with "
+            f"--after {other.folder}"
+        )
+    return listed or tuple(Laid(ancestor.id, ancestor.folder) for ancestor in patch.ancestry)
+
+
+def apply_stack(patches: Sequence[Patch], base: Path, out: Path, *, link: bool = False) -> ApplyReport:
+    """Write the model with all of ``patches`` to ``out``; what already lies on ``base`` is left out.
+
+    Args:
+        patches: a patch with all that it stands on, the earliest first.
+        base: checkpoint folder: the base, alone or with the first of the patches.
+        out: a folder that does not exist or is empty, outside ``base``.
+        link: as :func:`apply_patch`.
+
+    Raises:
+        UserError: as :func:`apply_patch`.
+    """
+    with _disk_errors(f"cannot write {out}"):
+        spans = tensor_spans(base)
+        target = _new_folder(out, base)
+        there = level(
+            [patch.changes for patch in patches], lambda name: sha256_of(base, spans[name]) if name in spans else None
+        )
+        if there is None:
+            raise UserError(
+                f"{base}: wrong base: its tensors are neither those of '{patches[0].base_model}', for which "
+                f"{patches[0].folder} was made, nor those that it or a patch above it left"
+            )
+        if there == len(patches):
+            raise UserError(f"{base}: is already patched: nothing to apply")
+        sources = laid_over(patches[there:])
+        after = {name: change.sha256_after for patch in patches[there:] for name, change in patch.tensors.items()}
+        edits: dict[str, list[_Edit]] = defaultdict(list)
+        for name, digest in after.items():
+            edits[spans[name].file].append(_Edit(name, spans[name], sources[name], digest))
+        laid = (*(read_ledger(base) or map(_as_laid, patches[:there])), *map(_as_laid, patches[there:]))
+        return _build(base, target, spans, edits, patches[-1].folder, link=link, laid=laid)
 
 
 def _rewrite_in_place(model: Path, edits: Mapping[str, Sequence[_Edit]], folder: Path) -> ApplyReport:
@@ -509,7 +619,8 @@ def revert_patch(patch: Patch, model: Path, out: Path | None) -> ApplyReport:
     """Give back the base model, bit for bit, from the patched one.
 
     In place, each shard is replaced by renaming, so links to it (hub cache, ``link=True``) are not written through.
-    A model patched in part, as an interrupted revert in place leaves it, is brought back as well.
+    A model patched in part, as an interrupted revert in place leaves it, is brought back as well. Only the last patch
+    on a model can be taken back: those above it were trained on what it left.
 
     Args:
         patch: must still have ``original.safetensors``.
@@ -517,10 +628,20 @@ def revert_patch(patch: Patch, model: Path, out: Path | None) -> ApplyReport:
         out: a folder that does not exist or is empty, outside ``model``; None reverts in place.
 
     Raises:
-        UserError: no original tensors in the patch, ``model`` is the base already or another model, ``out`` in
-            use, the disk full.
+        UserError: no original tensors in the patch, ``model`` is the base already or another model, other patches
+            stand on this one, ``out`` in use, the disk full.
     """
     with _disk_errors(f"cannot revert {model}"):
+        listed = read_ledger(model)
+        last = bool(listed) and listed[-1].id == patch.id
+        above = listed[[laid.id for laid in listed].index(patch.id) + 1 :] if patch.id in map(_id, listed) else ()
+        if above:
+            raise UserError(
+                f"{model}: {patch.folder} is not the last patch on it: {' and '.join(map(str, above))} "
+                f"{'stand' if len(above) > 1 else 'stands'} on it and would be left on weights never seen in training; "
+                "revert from the last one down, or make the later ones again without this one with --recompute"
+            )
+        below = listed[:-1] if last else listed
         original = patch.folder / ORIGINAL_FILE
         if not patch.holds_original:
             raise UserError(
@@ -530,12 +651,18 @@ def revert_patch(patch: Patch, model: Path, out: Path | None) -> ApplyReport:
         spans = tensor_spans(model)
         target = out and _new_folder(out, model)
         report = _compare(patch, model, spans)
-        if report.state == "base":
+        if report.state == "base" and not last:
             raise UserError(f"{model}: is the base already: nothing to revert")
         if report.state == "other":
             raise UserError(f"{model}: not a model with this patch: {_describe(report, patch)}")
         digests = {name: patch.tensors[name].sha256_before for name in report.at_patched}
         edits = _edits(original, patch.tensors, digests, spans)
         if target is None:
-            return _rewrite_in_place(model, edits, patch.folder)
-        return _build(model, target, spans, edits, patch.folder, link=False)
+            done = _rewrite_in_place(model, edits, patch.folder)
+            write_ledger(model, below)
+            return done
+        return _build(model, target, spans, edits, patch.folder, link=False, laid=below)
+
+
+def _id(laid: Laid) -> str:
+    return laid.id

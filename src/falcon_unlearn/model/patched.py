@@ -6,34 +6,88 @@ import dataclasses
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from falcon_unlearn.errors import UserError
+from falcon_unlearn.model.ancestry import SHORT, Ancestor, level
 from falcon_unlearn.model.disk_names import TORCH_DTYPES, to_disk
-from falcon_unlearn.model.loading import ModelSource, load_causal_lm
-from falcon_unlearn.model.patch import PATCH_FILE, Patch, apply_patch, read_patch
-from falcon_unlearn.model.shards import sha256_of, tensor_spans
+from falcon_unlearn.model.loading import ModelSource, fetch_files, load_causal_lm
+from falcon_unlearn.model.patch import DOCUMENT_FILE, PATCH_FILE, Patch, apply_patch, read_patch
+from falcon_unlearn.model.shards import sha256_of, tensor_files, tensor_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def read_stack(folders: Sequence[Path]) -> tuple[Patch, ...]:
+    """Read patches, each behind those it stands on.
+
+    These are looked for among ``folders``, where they were when the patch was made, and in a folder of the same name
+    beside the patch's.
+
+    Args:
+        folders: patch folders, the earliest first.
+
+    Raises:
+        UserError: a patch is damaged, or one that it stands on is not there or no longer the same.
+    """
+    given = [read_patch(folder) for folder in folders]
+    stack: list[Patch] = []
+    for patch in given:
+        for ancestor in patch.ancestry:
+            if ancestor.id not in [found.id for found in stack]:
+                stack.append(_find(ancestor, patch, given))
+        stack.append(patch)
+    return tuple(stack)
+
+
+def _find(ancestor: Ancestor, patch: Patch, given: Sequence[Patch]) -> Patch:
+    named = next((other for other in given if other.id == ancestor.id), None)
+    if named is not None:
+        return named
+    recorded = Path(ancestor.folder)
+    beside = patch.folder.resolve().parents[1] / recorded.parent.name / recorded.name
+    places = [place for place in (recorded, beside) if (place / DOCUMENT_FILE).is_file()]
+    found = [read_patch(place) for place in places]
+    same = next((other for other in found if other.id == ancestor.id), None)
+    if same is not None:
+        return same
+    if found:
+        raise UserError(
+            f"patch {patch.folder}: stands on the patch {ancestor}, and what is there now is another one "
+            f"({found[0].id[:SHORT]}): put the one of that time back, or name its folder too, before this one"
+        )
+    raise UserError(
+        f"patch {patch.folder}: stands on the patch {ancestor}, which is not there: put it back, or name the folder it "
+        "is in now too, before this one"
+    )
 
 
 def read_patches(source: ModelSource, folders: Sequence[Path]) -> tuple[Patch, ...]:
     """Read patches that stand one on another, and check them against the checkpoint and each other.
 
     Args:
-        source: the base, its weights fetched.
-        folders: patch folders, the earliest first.
+        source: the base.
+        folders: patch folders, the earliest first; what they stand on comes with them, unless it is on the base.
 
     Raises:
-        UserError: a patch is damaged, or was not made for this base with the patches before it.
+        UserError: a patch is damaged, one that it stands on is missing, or it was not made for this base with the
+            patches before it.
     """
-    patches = tuple(read_patch(folder) for folder in folders)
-    spans = tensor_spans(source.folder) if patches else {}
+    patches = read_stack(folders)
+    touched = {name for patch in patches for name in patch.tensors}
+    files = tensor_files(source.folder) if patches else {}
+    fetch_files(source, {files[name] for name in touched & set(files)})
+    spans = tensor_spans(source.folder, touched) if patches else {}
+    if patches and patches[0].folder not in folders:  # what it stands on, which may be on the base
+        below = [ancestor.tensors for ancestor in read_patch(folders[0]).ancestry]
+        there = level(below, lambda name: sha256_of(source.folder, spans[name]) if name in spans else None)
+        patches = patches[there or 0 :]
     current: dict[str, str] = {}
     for patch in patches:
         for name, change in patch.tensors.items():
@@ -52,8 +106,8 @@ def read_patches(source: ModelSource, folders: Sequence[Path]) -> tuple[Patch, .
     return patches
 
 
-def parameter_names(patch: Patch, model: PreTrainedModel) -> dict[str, str]:
-    """Name on disk -> name of the parameter in ``model``.
+def parameter_names(patch: Patch, model: PreTrainedModel, on_disk: Collection[str] | None = None) -> dict[str, str]:
+    """Name on disk -> name of the parameter in ``model``, of the patch's tensors or of those in ``on_disk``.
 
     Raises:
         UserError: a tensor of the patch is part of another one in memory (fused experts).
@@ -61,10 +115,11 @@ def parameter_names(patch: Patch, model: PreTrainedModel) -> dict[str, str]:
     parameters = dict(model.named_parameters())
     prefix = f"{model.base_model_prefix}."
     names = {}
-    for stored in patch.tensors:
+    on_disk = patch.tensors if on_disk is None else on_disk
+    for stored in on_disk:
         candidates = (stored, prefix + stored, stored.removeprefix(prefix))
         found = next((name for name in candidates if name in parameters), None)
-        if found is None or list(to_disk(model, {found: parameters[found]}, patch.tensors)) != [stored]:
+        if found is None or list(to_disk(model, {found: parameters[found]}, on_disk)) != [stored]:
             raise UserError(
                 f"patch {patch.folder}: {stored} has no tensor of its own in this {type(model).__name__}; "
                 "apply the patch to the checkpoint folder instead (falcon-unlearn patch apply)"
@@ -92,6 +147,7 @@ def load_patched(source: ModelSource, patches: Sequence[Patch]) -> PreTrainedMod
     Raises:
         UserError: the base cannot be loaded, or the disk is full.
     """
+    patches, source = (*source.patches, *patches), dataclasses.replace(source, patches=())
     model = load_causal_lm(source)
     try:
         names = [parameter_names(patch, model) for patch in patches]
@@ -117,6 +173,23 @@ def _near(folder: Path) -> Path | None:
     return folder.parent if os.access(folder.parent, os.W_OK) else None
 
 
+def _digest(value: Tensor, dtype: torch.dtype) -> str:
+    stored_as = value.detach().cpu().contiguous().to(dtype)
+    return hashlib.sha256(stored_as.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _refuse_lacking(patch: Patch, model: PreTrainedModel) -> None:
+    """Refuse a model without a patch below this one, as far as that changed tensors which this one leaves alone."""
+    last = {name: ancestor for ancestor in patch.ancestry for name in ancestor.tensors if name not in patch.tensors}
+    parameters = dict(model.named_parameters())
+    for stored, name in parameter_names(patch, model, last).items():
+        expected = last[stored].tensors[stored][1]
+        if all(_digest(parameters[name], dtype) != expected for dtype in TORCH_DTYPES.values()):
+            raise UserError(
+                f"patch {patch.folder}: this model lacks the patch {last[stored]}, on which it stands: apply that first"
+            )
+
+
 def apply_in_memory(patch: Patch, model: PreTrainedModel) -> None:
     """Lay a patch on a loaded model, whose tensors, rounded to the checkpoint's dtype, must be the patch's base.
 
@@ -125,12 +198,11 @@ def apply_in_memory(patch: Patch, model: PreTrainedModel) -> None:
     """
     names = parameter_names(patch, model)
     parameters = dict(model.named_parameters())
+    _refuse_lacking(patch, model)
     for stored, name in names.items():
-        change, value = patch.tensors[stored], parameters[name].detach().cpu().contiguous()
+        change, value = patch.tensors[stored], parameters[name]
         if tuple(value.shape) != tuple(change.shape):
             raise UserError(f"patch {patch.folder}: {stored} has shape {tuple(value.shape)}, not {change.shape}")
-        stored_as = value.to(TORCH_DTYPES[change.dtype])
-        digest = hashlib.sha256(stored_as.view(torch.uint8).numpy().tobytes()).hexdigest()
-        if digest != change.sha256_before:
+        if _digest(value, TORCH_DTYPES[change.dtype]) != change.sha256_before:
             raise UserError(f"patch {patch.folder}: {stored} of this model is not the one the patch was made for")
     _copy_into(patch, model, names)

@@ -26,6 +26,7 @@ from falcon_unlearn.model.loading import (
     refuse_missing,
     text_config,
 )
+from falcon_unlearn.model.patch import laid_over
 from falcon_unlearn.model.shards import TensorSpan, read_into, tensor_files, tensor_spans, weight_files
 
 if TYPE_CHECKING:
@@ -218,7 +219,8 @@ def _on_disk(source: ModelSource, names: Sequence[str], dtype: torch.dtype | Non
     """Where these tensors are, after their shards were fetched and their headers looked at."""
     files = tensor_files(source.folder)
     fetch_files(source, {files[name] for name in names})
-    spans = tensor_spans(source.folder, set(names))
+    laid = laid_over(source.patches)
+    spans = {name: laid.get(name, span) for name, span in tensor_spans(source.folder, set(names)).items()}
     for name, span in spans.items():
         if span.dtype not in _DTYPES:
             raise UserError(f"{source.folder / span.file}: '{name}' is {span.dtype}: give an unquantised checkpoint")

@@ -626,18 +626,21 @@ def _patch(run: Path, provenance: Mapping[str, Any] | None) -> dict[str, Any] | 
     quoted = {"patch": folder, "base": base, "result": result, "back": result.with_name(f"{result.name}-reverted")}
     at = {key: shlex.quote(str(value)) for key, value in quoted.items()}
     original_size = _size(folder / "original.safetensors")
+    stack = " --stack" if document.get("ancestry") else ""
+    fits = ("Check that it fits the model", f"falcon-unlearn patch verify {at['patch']} --model {at['base']}")
     commands = [
-        ("Check that it fits the model", f"falcon-unlearn patch verify {at['patch']} --model {at['base']}"),
+        *(() if stack else (fits,)),
         (
             "Write the unlearned model",
-            f"falcon-unlearn patch apply {at['patch']} --model {at['base']} --out {at['result']}",
+            f"falcon-unlearn patch apply {at['patch']} --model {at['base']}{stack} --out {at['result']}",
         ),
     ]
     if original_size is not None:
         revert = f"falcon-unlearn patch revert {at['patch']} --model {at['result']} --out {at['back']}"
-        commands.append(("Get the original back, byte for byte", revert))
+        commands.append((f"Get {'what it stands on' if stack else 'the original'} back, byte for byte", revert))
     return {
         "base_model": document.get("base_model", _NOTHING),
+        "ancestry": [(ancestor["id"][:12], ancestor["folder"]) for ancestor in document.get("ancestry") or ()],
         "count": len(tensors),
         "parameters": f"{sum(math.prod(t.get('shape', ())) for t in tensors.values()):,}",
         "size": _size(folder / "patch.safetensors"),
