@@ -245,6 +245,11 @@ _SHARED = ("run", "layers", "evaluate", "attack")
 """Commands that several processes can do together."""
 
 
+def _refuse_ranks(command: str) -> None:
+    if command not in _SHARED and launch_from(os.environ) is not None:
+        raise UserError(f"{command} is for one process: torchrun can start {', '.join(_SHARED)}")
+
+
 @contextlib.contextmanager
 def _together(arguments: argparse.Namespace, load: Callable[[], Any]) -> Iterator[tuple[Any, Ranks]]:
     """What is to be done, and the processes that do it; what is wrong with it is said by one of them."""
@@ -572,8 +577,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        if arguments.command not in _SHARED and launch_from(os.environ) is not None:
-            raise UserError(f"{arguments.command} is for one process: torchrun can start {', '.join(_SHARED)}")
+        _refuse_ranks(arguments.command)
         return int(arguments.handler(arguments))
     except UserError as error:
         return _fail(str(error), debug=arguments.debug)
