@@ -21,7 +21,7 @@ README = Path(__file__).parents[1] / "README.md"
 # share a line of the design, as do `embedded`, `api` and `doctor`.
 LAYERS = (
     ("errors",),
-    ("config",),
+    ("config", "ranks"),
     ("artifacts", "output_folder"),
     ("console",),
     ("trackers",),

@@ -27,6 +27,7 @@ from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import SourceConfig, content_hash, load_records
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.output_folder import open_output
+from falcon_unlearn.ranks import ALONE, Ranks
 from falcon_unlearn.recipe import apply_overrides, validated
 from falcon_unlearn.subjects import KnownModel, ModelRequest, computing_with, known_model, raw_request
 
@@ -116,7 +117,12 @@ def _placed(override: str, battery: Collection[str]) -> str:
 
 
 def attack(
-    request: AttackRequest, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    request: AttackRequest,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> Attack:
     """Run every attack on every model and write what it gave.
 
@@ -125,12 +131,14 @@ def attack(
         resume: go on in the output folder behind the attacks that ended.
         overwrite: remove an earlier battery from it first.
         console: where progress goes; None is silent.
+        ranks: from :func:`falcon_unlearn.ranks.started_together`; rank 0 writes.
 
     Raises:
         UserError: anything wrong with models, patches, data or output folder; nothing was written then.
     """
+    console = console if console is not None and ranks.first else Console(quiet=True)
     with computing_with(request.threads):
-        return _attack(request, console or Console(quiet=True), resume=resume, overwrite=overwrite)
+        return _attack(request, console, ranks, resume=resume, overwrite=overwrite)
 
 
 def _models(request: AttackRequest) -> dict[str, KnownModel]:
@@ -156,23 +164,27 @@ def _data(request: AttackRequest) -> AttackData:
     )
 
 
-def _attack(request: AttackRequest, console: Console, *, resume: bool, overwrite: bool) -> Attack:
+def _attack(request: AttackRequest, console: Console, ranks: Ranks, *, resume: bool, overwrite: bool) -> Attack:
     data = _data(request)
     check_battery(request.attacks, data, request.seed)
     known = _models(request)
     folder = Path(request.output).expanduser().resolve()
     settings = _settings(request, data, known)
-    open_output(
-        folder,
-        SETTINGS_FILE,
-        what="attack",
-        is_ours=_is_ours,
-        settings=settings,
-        not_compared=_NOT_COMPARED,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    write_bytes(folder / SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+
+    def start() -> None:
+        open_output(
+            folder,
+            SETTINGS_FILE,
+            what="attack",
+            is_ours=_is_ours,
+            settings=settings,
+            not_compared=_NOT_COMPARED,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        write_bytes(folder / SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+
+    ranks.on_first(start)
     if ORIGINAL not in known:
         console.say("without the original model (--original) there is no scale to say how much came back")
     results = run_battery(
@@ -182,6 +194,7 @@ def _attack(request: AttackRequest, console: Console, *, resume: bool, overwrite
         folder,
         BatteryLimits(request.batch_size, request.max_new_tokens, request.max_length, request.seed),
         console=console,
+        ranks=ranks,
     )
     return Attack(folder, tuple(results))
 

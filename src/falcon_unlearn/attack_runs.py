@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from falcon_unlearn.corpus.batching import Encoder
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.model.loading import quiet_transformers
+from falcon_unlearn.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,10 +104,12 @@ def run_battery(
     limits: BatteryLimits,
     *,
     console: Console,
+    ranks: Ranks = ALONE,
 ) -> list[AttackResult]:
     """Attack every model in every way, write what each attack gave, and put the models side by side.
 
-    An attack that has its file is not run again. No model is changed.
+    An attack that has its file is not run again. No model is changed. Several ranks take turns at the attacks, each on
+    models of its own; rank 0 writes.
 
     Args:
         config: the attacks and their common time budget.
@@ -114,38 +118,55 @@ def run_battery(
         folder: for ``attacks/`` and ``attacks.json``.
         limits: batch size and the like.
         console: progress.
+        ranks: which take part; all of them get the results.
 
     Raises:
         UserError: an attack wants more facts than there are.
     """
     attacks = config.chosen()
     check_battery(config, data, limits.seed)
-    (folder / SAMPLES_FOLDER).mkdir(parents=True, exist_ok=True)
+    ranks.on_first(lambda: (folder / SAMPLES_FOLDER).mkdir(parents=True, exist_ok=True))
     began = time.monotonic()
     loaded = _Loaded(models, config.needs_original)
+    jobs = [(name, attack, folder / SAMPLES_FOLDER / f"{name}.{attack}.json") for name in models for attack in attacks]
+    kept = ranks.on_first(lambda: {path: run for _, _, path in jobs if (run := _read(path)) is not None})
     runs: list[AttackRun] = []
+    before: dict[str, Sequence[SampleScore]] = {}
+
+    def run_one(job: tuple[str, str, Path]) -> AttackRun:
+        name, attack, path = job
+        for other in models:
+            if other != name:
+                loaded.drop(other)
+        if path in kept:
+            return kept[path]
+        seconds = None
+        if config.seconds is not None:
+            turns_left = -(-(len(jobs) - len(runs)) // ranks.world)
+            seconds = (config.seconds - (time.monotonic() - began)) / turns_left
+        if seconds is not None and seconds <= 0:
+            return AttackRun(attack, name, "out of time", 0.0, (), None, "the time for all attacks is spent")
+        console.say(f"attack: {attack} on the {name} model")
+        if name not in before:
+            before[name] = loaded.unattacked(name, data, limits)
+        return loaded.attack(name, attack, attacks[attack], data, limits, seconds=seconds, before=before[name])
+
+    def keep(run: AttackRun, path: Path) -> None:
+        if run.status != "done":
+            console.say(f"{run.attack} on the {run.model} model: {run.status} ({run.reason})")
+        write_bytes(path, to_json(run, indent=1, inf_nan_mode="strings"))
+
+    for first in range(0, len(jobs), ranks.world):
+        turn = jobs[first : first + ranks.world]
+        found = ranks.spread(turn, run_one)
+        for run, (_, _, path) in zip(found, turn, strict=True):
+            if path not in kept:
+                ranks.on_first(partial(keep, run, path))
+        runs += found
     for name in models:
-        before: Sequence[SampleScore] | None = None
-        for attack, settings in attacks.items():
-            path = folder / SAMPLES_FOLDER / f"{name}.{attack}.json"
-            run = _read(path)
-            if run is None:
-                seconds = None
-                if config.seconds is not None:
-                    seconds = (config.seconds - (time.monotonic() - began)) / (len(attacks) * len(models) - len(runs))
-                if seconds is not None and seconds <= 0:
-                    run = AttackRun(attack, name, "out of time", 0.0, (), None, "the time for all attacks is spent")
-                else:
-                    console.say(f"attack: {attack} on the {name} model")
-                    before = before or loaded.unattacked(name, data, limits)
-                    run = loaded.attack(name, attack, settings, data, limits, seconds=seconds, before=before)
-                if run.status != "done":
-                    console.say(f"{attack} on the {name} model: {run.status} ({run.reason})")
-                write_bytes(path, to_json(run, indent=1, inf_nan_mode="strings"))
-            runs.append(run)
         loaded.drop(name)
     results = summarise(attacks, runs)
-    write_json(folder / RESULTS_FILE, battery_results(results))
+    ranks.on_first(lambda: write_json(folder / RESULTS_FILE, battery_results(results)))
     return results
 
 
@@ -218,9 +239,9 @@ class _Loaded:
 
     def drop(self, name: str) -> None:
         """Let go of a model whose attacks are over."""
-        if name != ORIGINAL or not self._keep_original:
-            self._here.pop(name, None)
-        gc.collect()
+        if name in self._here and (name != ORIGINAL or not self._keep_original):
+            del self._here[name]
+            gc.collect()
 
 
 _FORMAT = TypeAdapter(AttackRun)

@@ -6,20 +6,24 @@ Exit codes: 0 done, 2 the input is wrong or the run was stopped, 1 a defect of o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
+import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from falcon_unlearn.console import in_columns, number
 from falcon_unlearn.errors import UserError
+from falcon_unlearn.ranks import launch_from, started_together
 
 if TYPE_CHECKING:
     from falcon_unlearn.artifacts import LayerSelection, Metrics
     from falcon_unlearn.pipeline import Run
+    from falcon_unlearn.ranks import Ranks
 
 DESCRIPTION = "Make a language model forget, and show that it did."
 EPILOG = "Start with:  falcon-unlearn demo      Your own data:  falcon-unlearn run RECIPE.yaml"
@@ -98,6 +102,21 @@ def _parser() -> argparse.ArgumentParser:
     log.add_argument("log", metavar="LOG.json", help="aggregated log of TOFU's authors, or TOFU_EVAL.json")
     log.add_argument("--retain", metavar="LOG.json", help="the log of the model that never saw the forget data")
 
+    _add_run_folder_commands(add)
+
+    add("methods", "list what is built in", _methods)
+    add("doctor", "versions, devices, memory, data: what is there and what to do about what is not", _doctor)
+    return parser
+
+
+def _folder_state(sub: argparse.ArgumentParser) -> None:
+    state = sub.add_mutually_exclusive_group()
+    state.add_argument("--resume", action="store_true", help="go on in the output folder")
+    state.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in the output folder")
+
+
+def _add_run_folder_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that take finished runs."""
     report = add("report", "write report.html of a run folder again", _report)
     report.add_argument("run", metavar="RUN_DIR")
 
@@ -112,16 +131,6 @@ def _parser() -> argparse.ArgumentParser:
     curve.add_argument(
         "--out", default="runs/sustainability", metavar="DIR", help="for the page (default: runs/sustainability)"
     )
-
-    add("methods", "list what is built in", _methods)
-    add("doctor", "versions, devices, memory, data: what is there and what to do about what is not", _doctor)
-    return parser
-
-
-def _folder_state(sub: argparse.ArgumentParser) -> None:
-    state = sub.add_mutually_exclusive_group()
-    state.add_argument("--resume", action="store_true", help="go on in the output folder")
-    state.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in the output folder")
 
 
 def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -284,6 +293,28 @@ def _load(arguments: argparse.Namespace) -> Any:
     return load_recipe(Path(arguments.recipe), [*arguments.overrides, *after])
 
 
+_SHARED = ("run", "layers", "evaluate", "attack")
+"""Commands that several processes can do together."""
+
+
+def _refuse_ranks(command: str) -> None:
+    if command not in _SHARED and launch_from(os.environ) is not None:
+        raise UserError(f"{command} is for one process: torchrun can start {', '.join(_SHARED)}")
+
+
+@contextlib.contextmanager
+def _together(arguments: argparse.Namespace, load: Callable[[], Any]) -> Iterator[tuple[Any, Ranks]]:
+    """What is to be done, and the processes that do it; what is wrong with it is said by one of them."""
+    state = {key: getattr(arguments, key) for key in ("command", "resume", "overwrite")}
+    try:
+        request = load()
+    except UserError as error:
+        with started_together({**state, "error": str(error)}, "cpu"):
+            raise
+    with started_together({**state, **request.model_dump(mode="json")}, request.device) as ranks:
+        yield request, ranks
+
+
 def _estimate(arguments: argparse.Namespace) -> int:
     from falcon_unlearn.estimate import estimate_layers, estimate_run, estimate_table
 
@@ -301,10 +332,12 @@ def _run(arguments: argparse.Namespace) -> int:
         return _estimate(arguments)
     from falcon_unlearn.pipeline import run_recipe
 
-    run = run_recipe(
-        _load(arguments), resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments)
-    )
-    _print_run(run, as_json=arguments.json)
+    with _together(arguments, lambda: _load(arguments)) as (recipe, ranks):
+        run = run_recipe(
+            recipe, resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments), ranks=ranks
+        )
+    if ranks.first:
+        _print_run(run, as_json=arguments.json)
     return 0
 
 
@@ -313,9 +346,12 @@ def _layers(arguments: argparse.Namespace) -> int:
         return _estimate(arguments)
     from falcon_unlearn.pipeline import select_layers_of
 
-    selection, folder = select_layers_of(
-        _load(arguments), resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments)
-    )
+    with _together(arguments, lambda: _load(arguments)) as (recipe, ranks):
+        selection, folder = select_layers_of(
+            recipe, resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments), ranks=ranks
+        )
+    if not ranks.first:
+        return 0
     if arguments.json:
         _print_json(selection)
     else:
@@ -475,15 +511,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from falcon_unlearn.evaluate import evaluate, evaluation_request, results_table
 
     suites, overrides = _names_and_overrides(arguments.suite, arguments.overrides)
-    request = evaluation_request(
-        arguments.model,
-        suites,
-        arguments.out,
-        patches=arguments.patch,
-        oracle=arguments.oracle,
-        overrides=overrides,
-    )
-    done = evaluate(request, resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments))
+
+    def load() -> Any:
+        return evaluation_request(
+            arguments.model,
+            suites,
+            arguments.out,
+            patches=arguments.patch,
+            oracle=arguments.oracle,
+            overrides=overrides,
+        )
+
+    with _together(arguments, load) as (request, ranks):
+        done = evaluate(
+            request, resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments), ranks=ranks
+        )
+    if not ranks.first:
+        return 0
     if arguments.json:
         _print_json({"output": str(done.folder), **done.results})
     else:
@@ -497,16 +541,24 @@ def _attack(arguments: argparse.Namespace) -> int:
     from falcon_unlearn.attack_runs import battery_results
 
     attacks, overrides = _names_and_overrides(arguments.attack, arguments.overrides)
-    request = attack_request(
-        arguments.model,
-        attacks,
-        arguments.out,
-        patches=arguments.patch,
-        original=arguments.original,
-        oracle=arguments.oracle,
-        overrides=overrides,
-    )
-    done = attack(request, resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments))
+
+    def load() -> Any:
+        return attack_request(
+            arguments.model,
+            attacks,
+            arguments.out,
+            patches=arguments.patch,
+            original=arguments.original,
+            oracle=arguments.oracle,
+            overrides=overrides,
+        )
+
+    with _together(arguments, load) as (request, ranks):
+        done = attack(
+            request, resume=arguments.resume, overwrite=arguments.overwrite, console=_console(arguments), ranks=ranks
+        )
+    if not ranks.first:
+        return 0
     if arguments.json:
         _print_json({"output": str(done.folder), **battery_results(done.results)})
     else:
@@ -651,6 +703,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
+        _refuse_ranks(arguments.command)
         return int(arguments.handler(arguments))
     except UserError as error:
         return _fail(str(error), debug=arguments.debug)

@@ -17,6 +17,7 @@ from falcon_unlearn.errors import UserError, did_you_mean
 from falcon_unlearn.evaluation.suite import Rows, Subject, Suite
 from falcon_unlearn.evaluation.suites import SUITES, SuitesConfig, open_suites
 from falcon_unlearn.output_folder import open_output
+from falcon_unlearn.ranks import ALONE, Ranks
 from falcon_unlearn.recipe import apply_overrides, validated
 from falcon_unlearn.subjects import KnownModel, ModelRequest, computing_with, known_model, raw_request, settings_of
 from falcon_unlearn.suite_scores import read_suite, score_suite
@@ -87,7 +88,12 @@ def _placed(override: str, suites: Sequence[str]) -> str:
 
 
 def evaluate(
-    request: EvaluationRequest, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    request: EvaluationRequest,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Score the model, and the oracle where one is named, with every suite, and write the numbers.
 
@@ -96,34 +102,42 @@ def evaluate(
         resume: go on in the output folder behind the last samples that were kept.
         overwrite: remove an earlier evaluation from it first.
         console: where progress goes; None is silent.
+        ranks: from :func:`falcon_unlearn.ranks.started_together`; rank 0 writes.
 
     Raises:
         UserError: anything wrong with model, patches, data or output folder; nothing was written then.
     """
+    console = console if console is not None and ranks.first else Console(quiet=True)
     with computing_with(request.threads):
-        return _evaluate(request, console or Console(quiet=True), resume=resume, overwrite=overwrite)
+        return _evaluate(request, console, ranks, resume=resume, overwrite=overwrite)
 
 
-def _evaluate(request: EvaluationRequest, console: Console, *, resume: bool, overwrite: bool) -> Evaluation:
+def _evaluate(
+    request: EvaluationRequest, console: Console, ranks: Ranks, *, resume: bool, overwrite: bool
+) -> Evaluation:
     suites = open_suites(request.suites, Path.cwd(), request.seed)
     known = {"model": known_model(request, request.model, "MODEL", request.patches)}
     if request.oracle is not None:
         known["oracle"] = known_model(request, request.oracle, "--oracle")
     folder = Path(request.output).expanduser().resolve()
     settings = _settings(request, suites, known)
-    open_output(
-        folder,
-        SETTINGS_FILE,
-        what="evaluation",
-        is_ours=_is_ours,
-        settings=settings,
-        not_compared=_NOT_COMPARED,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    write_bytes(folder / SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+
+    def start() -> None:
+        open_output(
+            folder,
+            SETTINGS_FILE,
+            what="evaluation",
+            is_ours=_is_ours,
+            settings=settings,
+            not_compared=_NOT_COMPARED,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        write_bytes(folder / SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+
+    ranks.on_first(start)
     rows = {
-        which: _score(model, suites, request.batch_size, folder / "scores" / which, console)
+        which: _score(model, suites, request.batch_size, folder / "scores" / which, console, ranks=ranks)
         for which, model in known.items()
     }
     results: dict[str, Mapping[str, SuiteResult]] = {}
@@ -135,23 +149,31 @@ def _evaluate(request: EvaluationRequest, console: Console, *, resume: bool, ove
             )
             for name, suite in suites.items()
         }
-    for name, suite in suites.items():
-        oracle_rows = rows["oracle"][name] if "oracle" in rows else None
-        for file, content in suite.exports(rows["model"][name], oracle_rows).items():
-            write_json(folder / file, content)
-    write_json(folder / "metrics.json", {which: results.get(which) for which in _MODELS})
+
+    def write() -> None:
+        for name, suite in suites.items():
+            oracle_rows = rows["oracle"][name] if "oracle" in rows else None
+            for file, content in suite.exports(rows["model"][name], oracle_rows).items():
+                write_json(folder / file, content)
+        write_json(folder / "metrics.json", {which: results.get(which) for which in _MODELS})
+
+    ranks.on_first(write)
     return Evaluation(folder, results)
 
 
 def _score(
-    known: KnownModel, suites: Mapping[str, Suite], batch_size: int, stem: Path, console: Console
+    known: KnownModel, suites: Mapping[str, Suite], batch_size: int, stem: Path, console: Console, *, ranks: Ranks
 ) -> dict[str, Rows]:
     stems = {name: stem.with_name(f"{stem.name}.{name}") for name in suites}
-    rows = {name: found for name, suite in suites.items() if (found := read_suite(suite, stems[name])) is not None}
+    rows = ranks.on_first(
+        lambda: {name: found for name, suite in suites.items() if (found := read_suite(suite, stems[name])) is not None}
+    )
     if len(rows) < len(suites):  # the model is loaded only for what is not scored yet
         console.say(f"scoring: {known.name}")
         subject = Subject(known.load(), known.encoder, batch_size, known.name)
-        rows |= {name: score_suite(suites[name], subject, stems[name], console) for name in suites if name not in rows}
+        rows |= {
+            name: score_suite(suites[name], subject, stems[name], console, ranks) for name in suites if name not in rows
+        }
         del subject
         gc.collect()
     return rows

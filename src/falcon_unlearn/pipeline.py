@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ from falcon_unlearn.model.patch import DOCUMENT_FILE, Patch, read_patch, write_p
 from falcon_unlearn.model.patched import load_patched, read_patches
 from falcon_unlearn.model.shards import fingerprint, tensor_files, tensor_spans
 from falcon_unlearn.model.skeleton import fetch_first_layers, load_first_layers
+from falcon_unlearn.ranks import ALONE, Ranks
 from falcon_unlearn.recipe import Recipe
 from falcon_unlearn.report.card import write_card
 from falcon_unlearn.report.html import write_report
@@ -67,6 +69,7 @@ from falcon_unlearn.stages import (
     CachePlan,
     EncodedCorpus,
     Means,
+    Unlearned,
     Watch,
     alternatives_of,
     check_layers,
@@ -78,6 +81,7 @@ from falcon_unlearn.stages import (
     resident_means,
     score_model,
     select_layers,
+    shared_means,
     stream_prefix,
     streamed_means,
     unlearn_layers,
@@ -85,7 +89,7 @@ from falcon_unlearn.stages import (
 )
 from falcon_unlearn.subjects import computing_with
 from falcon_unlearn.suite_scores import read_suite, score_suite
-from falcon_unlearn.trackers import Tracking, tracking
+from falcon_unlearn.trackers import TrackersConfig, Tracking, tracking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -132,6 +136,7 @@ class _Inputs:
     on_disk: Mapping[str, Any]  # tensors in use, or all: name on disk -> span
     console: Console
     trackers: Tracking
+    ranks: Ranks = ALONE
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -155,6 +160,10 @@ class _Inputs:
             ),
         }
 
+    def scratch(self, folder: RunFolder, name: str) -> Path:
+        """A working file of this rank's own."""
+        return folder / (name if self.ranks.first else f"{name}.rank{self.ranks.rank}")
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Remember how long a stage took."""
@@ -163,7 +172,7 @@ class _Inputs:
         self.seconds[stage] = round(time.perf_counter() - began, 3)
 
 
-def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking) -> _Inputs:
+def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking, ranks: Ranks) -> _Inputs:
     base_dir = Path.cwd()
     earlier = earlier_requests(recipe.after)
     corpus, lines = without_forgotten(load_corpus(recipe.corpus, base_dir), earlier)
@@ -220,7 +229,35 @@ def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking) -> _Input
         on_disk,
         console,
         trackers,
+        ranks,
     )
+
+
+def _begin(
+    recipe: Recipe,
+    console: Console,
+    trackers: Tracking,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    overwrite: bool,
+    allowed: Sequence[str] = (),
+) -> tuple[_Inputs, RunFolder, bool]:
+    """Read everything and open the folder; tell whether the run in it is finished."""
+    inputs = ranks.after_first(lambda: _read_inputs(recipe, console, trackers, ranks))
+    ranks.agree("corpus", json.dumps(dict(inputs.corpus.hashes), sort_keys=True))
+
+    def start() -> tuple[RunFolder, bool]:
+        folder = open_run_folder(recipe, resume=resume, overwrite=overwrite, allowed=allowed)
+        finished = folder.is_finished(recipe)
+        start_run(folder, recipe, _corpus_facts(inputs))
+        return folder, finished
+
+    folder, finished = ranks.on_first(start)
+    if not (folder / "corpus.json").exists():
+        raise UserError(f"output: {folder.path} is not what rank 0 sees: name a folder that all machines share")
+    _say_corpus(inputs)
+    return inputs, folder, finished
 
 
 def _attacked(
@@ -300,13 +337,15 @@ def _fingerprint(inputs: _Inputs, selection: LayerSelection, masters: Mapping[st
 class _TrainingLog:
     """``training.jsonl``, one line a step; on resume, lines of steps that are done again are dropped.
 
-    Trackers are shown each line, also those of earlier sessions.
+    Trackers are shown each line, also those of earlier sessions. Of several ranks the first writes.
     """
 
-    def __init__(self, path: Path, trackers: Tracking) -> None:
-        self._path, self._trackers = path, trackers
+    def __init__(self, path: Path, trackers: Tracking, ranks: Ranks) -> None:
+        self._path, self._trackers, self._writes = path, trackers, ranks.first
 
     def start(self, done: int) -> None:
+        if not self._writes:
+            return
         # The last line may be cut off where the run was killed; it belongs to a step that is done again.
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
         write_bytes(self._path, b"".join(lines[:done]))
@@ -314,6 +353,8 @@ class _TrainingLog:
             self._trackers.log(json.loads(line))
 
     def add(self, record: StepRecord) -> None:
+        if not self._writes:
+            return
         row = to_plain(record)
         with self._path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
@@ -321,16 +362,17 @@ class _TrainingLog:
 
 
 def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool) -> Patch:
-    recipe = inputs.recipe
+    recipe, ranks = inputs.recipe, inputs.ranks
     whole = entry_of(recipe.method).kind != "representation"
-    cache = CachePlan(folder / "activations", resume, inputs.console.say)
-    if whole:
-        model = load_causal_lm(inputs.source)
+    cache = CachePlan(inputs.scratch(folder, "activations"), resume, inputs.console.say, processes=ranks.local_world)
+    if whole:  # what is to lie on several devices may be too large for one
+        source = inputs.source if ranks.world == 1 else replace(inputs.source, device=torch.device("cpu"))
+        model = load_causal_lm(source)
     elif _is_streamed(inputs, selection):
         model, cache = stream_prefix(recipe, inputs.source, inputs.encoded, selection, cache)
     else:
         model = load_first_layers(inputs.source, selection.target_layer + 1)
-    log = _TrainingLog(folder / "training.jsonl", inputs.trackers)
+    log = _TrainingLog(folder / "training.jsonl", inputs.trackers, ranks)
     inputs.console.say("training: " + describe_training(recipe, text_config(inputs.config).hidden_size))
 
     with inputs.console.bar(recipe.training.steps, "unlearning") as bar:
@@ -355,9 +397,18 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
 
         watch = Watch(plan, on_step, on_resume, on_halved)
         if whole:
-            trained = unlearn_whole(recipe, model, inputs.encoded, inputs.alternatives, watch, selection=selection)
+            trained = unlearn_whole(
+                recipe, model, inputs.encoded, inputs.alternatives, watch, selection=selection, ranks=ranks
+            )
         else:
-            trained = unlearn_layers(recipe, model, inputs.encoded, selection, cache=cache, watch=watch)
+            trained = unlearn_layers(recipe, model, inputs.encoded, selection, cache=cache, watch=watch, ranks=ranks)
+    return ranks.on_first(lambda: _write_trained(inputs, folder, selection, model, trained))
+
+
+def _write_trained(
+    inputs: _Inputs, folder: RunFolder, selection: LayerSelection, model: PreTrainedModel, trained: Unlearned
+) -> Patch:
+    recipe = inputs.recipe
     if trained.save_adapter is not None and recipe.training.lora is not None and recipe.training.lora.keep_adapter:
         trained.save_adapter(folder / "adapter", recipe.model)
     return write_patch(
@@ -396,8 +447,8 @@ class _Scored:
 
 def _score(inputs: _Inputs, folder: RunFolder, name: str, model: PreTrainedModel) -> dict[str, list[SampleScore]]:
     with inputs.timed(f"score_{name}"):
-        scores = score_model(model, inputs.encoder, inputs.sets, inputs.recipe, inputs.console)
-    folder.write_scores(name, scores)
+        scores = score_model(model, inputs.encoder, inputs.sets, inputs.recipe, inputs.console, ranks=inputs.ranks)
+    inputs.ranks.on_first(lambda: folder.write_scores(name, scores))
     return scores
 
 
@@ -411,17 +462,17 @@ def _scored(inputs: _Inputs, folder: RunFolder, name: str, load: Callable[[], Pr
             inputs.console.say(f"scoring: {name}")
         return loaded[0]
 
-    sets = folder.read_scores(name)
+    sets = inputs.ranks.on_first(lambda: folder.read_scores(name))
     if sets is None:
         sets = _score(inputs, folder, name, model())
     suites: dict[str, Rows] = {}
     for suite_name, suite in inputs.suites.items():
         stem = folder / "scores" / f"{name}.{suite_name}"
-        rows = read_suite(suite, stem)
+        rows = inputs.ranks.on_first(partial(read_suite, suite, stem))
         if rows is None:
             with inputs.timed(f"{suite_name}_{name}"):
                 subject = Subject(model(), inputs.encoder, inputs.recipe.evaluation.batch_size, name)
-                rows = score_suite(suite, subject, stem, inputs.console)
+                rows = score_suite(suite, subject, stem, inputs.console, inputs.ranks)
         suites[suite_name] = rows
     return _Scored(sets, suites)
 
@@ -429,7 +480,7 @@ def _scored(inputs: _Inputs, folder: RunFolder, name: str, load: Callable[[], Pr
 def _select(
     inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedModel], loaded: Sequence[PreTrainedModel] = ()
 ) -> LayerSelection:
-    selection = folder.read_selection()
+    selection = inputs.ranks.on_first(folder.read_selection)
     if selection is None:
         inputs.console.say("selecting layers")
         with inputs.timed("layer_selection"):
@@ -439,12 +490,22 @@ def _select(
                     inputs.recipe,
                     inputs.encoded,
                     inputs.console,
+                    ranks=inputs.ranks,
                     total=number_of_layers(inputs.config),
                     model=model,
-                    means=lambda: _means(inputs, folder, model, resident=bool(loaded)),
+                    means=lambda: shared_means(
+                        _means(inputs, folder, model, resident=bool(loaded)),
+                        inputs.recipe.evaluation.batch_size,
+                        inputs.ranks,
+                    ),
                 )
-        folder.write_selection(selection)
+        selection = inputs.ranks.on_first(partial(_written, folder, selection))
     inputs.console.say(f"layers {', '.join(map(str, selection.layers))} ({selection.selector})")
+    return selection
+
+
+def _written(folder: RunFolder, selection: LayerSelection) -> LayerSelection:
+    folder.write_selection(selection)
     return selection
 
 
@@ -456,9 +517,11 @@ def _means(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedMod
         streaming = _size_in_memory(inputs) > _room(inputs.source.device)
     if not streaming:
         return resident_means(model(), inputs.encoded, batch_size)
-    budget = free_memory() / 4 if settings.streaming_gb is None else settings.streaming_gb * 2**30
+    fair = free_memory() / 4 / inputs.ranks.local_world
+    budget = fair if settings.streaming_gb is None else settings.streaming_gb * 2**30
     inputs.console.say("activations: one layer of the model in memory at a time")
-    return streamed_means(inputs.source, inputs.encoded, batch_size, folder / "activations", budget)
+    spill = inputs.scratch(folder, "activations")
+    return streamed_means(inputs.source, inputs.encoded, batch_size, spill, budget)
 
 
 def _size_in_memory(inputs: _Inputs) -> int:
@@ -487,15 +550,22 @@ def _before_and_selection(inputs: _Inputs, folder: RunFolder) -> tuple[_Scored |
 
 
 def _patch(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool) -> Patch:
+    patch = inputs.ranks.on_first(lambda: _kept_patch(inputs, folder))
+    if patch is not None:
+        return patch
+    with inputs.timed("training"):
+        patch = _train(inputs, folder, selection, resume=resume)
+    gc.collect()
+    return patch
+
+
+def _kept_patch(inputs: _Inputs, folder: RunFolder) -> Patch | None:
     if (folder / "patch" / DOCUMENT_FILE).exists():
         try:
             return read_patch(folder / "patch")
         except UserError as error:
             inputs.console.say(f"{error}; training again")
-    with inputs.timed("training"):
-        patch = _train(inputs, folder, selection, resume=resume)
-    gc.collect()
-    return patch
+    return None
 
 
 def _attack(inputs: _Inputs, folder: RunFolder, patch: Patch) -> list[AttackResult]:
@@ -512,11 +582,19 @@ def _attack(inputs: _Inputs, folder: RunFolder, patch: Patch) -> list[AttackResu
     limits = BatteryLimits(
         recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens, recipe.corpus.max_length, recipe.seed
     )
-    finished = attacks_finished(recipe.attacks, models, folder.path)
+    finished = inputs.ranks.on_first(lambda: attacks_finished(recipe.attacks, models, folder.path))
     if not finished:
-        folder.begin_again()
+        inputs.ranks.on_first(folder.begin_again)
     with nullcontext() if finished else inputs.timed("attacks"):
-        return run_battery(recipe.attacks, models, inputs.attacked, folder.path, limits, console=inputs.console)
+        return run_battery(
+            recipe.attacks,
+            models,
+            inputs.attacked,
+            folder.path,
+            limits,
+            console=inputs.console,
+            ranks=inputs.ranks,
+        )
 
 
 def _metrics(
@@ -551,6 +629,7 @@ def run_recipe(
     overwrite: bool = False,
     allowed: Sequence[str] = (),
     console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """Do the whole job: score, select layers, unlearn, write the patch, score again, report.
 
@@ -560,29 +639,40 @@ def run_recipe(
         overwrite: remove an earlier run from it first.
         allowed: names that may already stand in the output folder.
         console: where progress goes; None is silent.
+        ranks: from :func:`falcon_unlearn.ranks.started_together`; all of them get the run, rank 0 writes it.
 
     Raises:
         UserError: anything wrong with recipe, data, model or output folder; nothing was written then.
         Interrupted: Ctrl-C; finished stages and the training state are kept.
     """
-    console = console or Console(quiet=True)
-    with computing_with(recipe.threads), _trackers(recipe, console) as trackers:
-        return _run_stages(recipe, console, trackers, resume=resume, overwrite=overwrite, allowed=allowed)
+    console = _console(console, ranks)
+    with computing_with(recipe.threads), _trackers(recipe, console, ranks) as trackers:
+        return _run_stages(recipe, console, trackers, ranks, resume=resume, overwrite=overwrite, allowed=allowed)
 
 
-def _trackers(recipe: Recipe, console: Console) -> AbstractContextManager[Tracking]:
-    return tracking(recipe.trackers, recipe.model_dump(mode="json"), Path(recipe.output), console.say)
+def _console(console: Console | None, ranks: Ranks) -> Console:
+    return console if console is not None and ranks.first else Console(quiet=True)
+
+
+def _trackers(recipe: Recipe, console: Console, ranks: Ranks) -> AbstractContextManager[Tracking]:
+    config = recipe.trackers if ranks.first else TrackersConfig()
+    return tracking(config, recipe.model_dump(mode="json"), Path(recipe.output), console.say)
 
 
 def _run_stages(
-    recipe: Recipe, console: Console, trackers: Tracking, *, resume: bool, overwrite: bool, allowed: Sequence[str]
+    recipe: Recipe,
+    console: Console,
+    trackers: Tracking,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    overwrite: bool,
+    allowed: Sequence[str],
 ) -> Run:
     started = datetime.now(UTC)
-    inputs = _read_inputs(recipe, console, trackers)
-    folder = open_run_folder(recipe, resume=resume, overwrite=overwrite, allowed=allowed)
-    finished = folder.is_finished(recipe)
-    start_run(folder, recipe, _corpus_facts(inputs))
-    _say_corpus(inputs)
+    inputs, folder, finished = _begin(
+        recipe, console, trackers, ranks, resume=resume, overwrite=overwrite, allowed=allowed
+    )
     try:
         before, selection = _before_and_selection(inputs, folder)
         patch = _patch(inputs, folder, selection, resume=resume)
@@ -598,18 +688,27 @@ def _run_stages(
     except KeyboardInterrupt as stop:
         raise Interrupted(f"stopped; finished stages are in {folder.path}") from stop
     metrics = _metrics(inputs, scored, attacks)
-    if inputs.seconds or not finished:
+
+    def finish() -> None:
         folder.write_metrics(metrics)
         _write_provenance(inputs, folder, started, patch)
         write_report(folder.path, samples=recipe.report.samples)
         write_card(folder.path)
         trackers.finish(folder / "training.jsonl", to_plain(metrics))
-    folder.remove_working_files()
+
+    if inputs.seconds or not finished:
+        ranks.on_first(finish)
+    ranks.on_first(folder.remove_working_files)
     return Run(folder.path, selection, metrics, patch, tuple(attacks))
 
 
 def select_layers_of(
-    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, console: Console | None = None
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[LayerSelection, Path]:
     """Layer selection alone; a later ``run --resume`` of the same recipe goes on from it.
 
@@ -621,17 +720,14 @@ def select_layers_of(
         Interrupted: Ctrl-C.
     """
     started = datetime.now(UTC)
-    console = console or Console(quiet=True)
-    with computing_with(recipe.threads), _trackers(recipe, console) as trackers:
-        inputs = _read_inputs(recipe, console, trackers)
-        folder = open_run_folder(recipe, resume=resume, overwrite=overwrite)
-        start_run(folder, recipe, _corpus_facts(inputs))
-        _say_corpus(inputs)
+    console = _console(console, ranks)
+    with computing_with(recipe.threads), _trackers(recipe, console, ranks) as trackers:
+        inputs, folder, _ = _begin(recipe, console, trackers, ranks, resume=resume, overwrite=overwrite)
         try:
             selection = _select(inputs, folder, lambda: load_causal_lm(inputs.source))
         except KeyboardInterrupt as stop:
             raise Interrupted(f"stopped; nothing was selected yet, {folder.path} can be resumed") from stop
-        _write_provenance(inputs, folder, started)
+        ranks.on_first(lambda: _write_provenance(inputs, folder, started))
     return selection, folder.path
 
 
@@ -665,6 +761,7 @@ def _write_provenance(inputs: _Inputs, folder: RunFolder, started: datetime, pat
             "data": dict(inputs.corpus.hashes),
             "device": str(inputs.source.device),
             "dtype": str(inputs.source.dtype or "checkpoint's"),
+            "ranks": inputs.ranks.world,
             "threads": torch.get_num_threads(),
             "platform": platform.platform(),
             "peak_memory_mb": _peak_memory_mb(),

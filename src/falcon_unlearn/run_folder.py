@@ -19,7 +19,6 @@ from falcon_unlearn.artifacts import (
     write_json,
     write_jsonl,
 )
-from falcon_unlearn.engine.checkpoint import checkpoint_files
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.output_folder import open_output
 from falcon_unlearn.recipe import Recipe, dump_recipe, save_recipe
@@ -44,8 +43,7 @@ _RESULTS = (
 _ATTACKS = "attacks.json"
 _ORACLE_SCORES = "scores/oracle.jsonl"
 CHECKPOINT = "checkpoint.safetensors"
-_ACTIVATIONS = ("activations", "activations.json", "activations.between")
-_OLDER_CHECKPOINT = re.compile(r"checkpoint\.\d+\.safetensors")
+_WORKING = re.compile(r"checkpoint(\.\d+)?\.safetensors|activations(\.rank\d+)?(\.json|\.between)?")
 _ADAPTER = ("adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _CONTENT = frozenset(
     (
@@ -57,8 +55,6 @@ _CONTENT = frozenset(
         "scores",
         "patch/original.safetensors",
         *_ADAPTER,
-        CHECKPOINT,
-        *_ACTIVATIONS,
     )
 )
 _NOT_COMPARED = ("output", "report", "trackers", "device", "attacks.seconds")
@@ -115,8 +111,9 @@ class RunFolder:
 
     def remove_working_files(self) -> None:
         """Remove what a resumed run goes on from."""
-        for path in (*checkpoint_files(self.path / CHECKPOINT), *(self.path / name for name in _ACTIVATIONS)):
-            path.unlink(missing_ok=True)
+        for path in sorted(self.path.iterdir()):
+            if _WORKING.fullmatch(path.name):
+                path.unlink()
 
 
 def open_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool, allowed: Sequence[str] = ()) -> RunFolder:
@@ -150,8 +147,8 @@ def _is_ours(name: Path) -> bool:
     model, parent = name.name.split(".")[0], name.parent.as_posix()
     of_suite = parent == "scores" and model in {"before", "after", "oracle"} and name.suffix == ".jsonl"
     of_attack = parent == "attacks" and model in {"original", "unlearned", "oracle"} and name.suffix == ".json"
-    older = _OLDER_CHECKPOINT.fullmatch(name.as_posix()) is not None
-    return name.as_posix() in _CONTENT or of_suite or of_attack or older or name.parts[0] == TRACKERS
+    working = _WORKING.fullmatch(name.as_posix()) is not None
+    return name.as_posix() in _CONTENT or of_suite or of_attack or working or name.parts[0] == TRACKERS
 
 
 def start_run(folder: RunFolder, recipe: Recipe, corpus_facts: Mapping[str, Any]) -> None:

@@ -18,11 +18,19 @@ from torch import Tensor
 from falcon_unlearn.artifacts import LayerScore, LayerSelection, MutualInformationCurve, SampleScore, StepRecord
 from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.alternatives import dont_know, random_answers
-from falcon_unlearn.corpus.batching import Encoded, Encoder, LengthReport, LossMask, fit_to_context
+from falcon_unlearn.corpus.batching import (
+    Encoded,
+    Encoder,
+    LengthReport,
+    LossMask,
+    fit_to_context,
+    length_sorted_batches,
+)
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, load_records
 from falcon_unlearn.corpus.stand_ins import stand_ins
 from falcon_unlearn.engine.optimizers import learning_rate
+from falcon_unlearn.engine.parallel import Replicas, Shards
 from falcon_unlearn.engine.trainer import (
     CheckpointPlan,
     DivergedError,
@@ -50,6 +58,7 @@ from falcon_unlearn.model.loading import (
 from falcon_unlearn.model.lora import ADAPTER_TENSORS, Adapters, add_adapters, linear_modules
 from falcon_unlearn.model.skeleton import open_skeleton
 from falcon_unlearn.model.streaming import stream_activations
+from falcon_unlearn.ranks import ALONE, Ranks
 from falcon_unlearn.selection.activations import layer_means, streamed_layer_means
 from falcon_unlearn.selection.mutual_information import EstimationError, curve, statements
 from falcon_unlearn.selection.sweep import TrialOutcome, spaced_candidates, split_validation, sweep
@@ -152,7 +161,13 @@ def at_most(records: list[Record], name: str, most: int | None, seed: int) -> li
 
 
 def score_model(
-    model: PreTrainedModel, encoder: Encoder, sets: Mapping[str, Sequence[Record]], recipe: Recipe, console: Console
+    model: PreTrainedModel,
+    encoder: Encoder,
+    sets: Mapping[str, Sequence[Record]],
+    recipe: Recipe,
+    console: Console,
+    *,
+    ranks: Ranks = ALONE,
 ) -> dict[str, list[SampleScore]]:
     """Score every set with one model."""
     config = recipe.evaluation
@@ -167,6 +182,7 @@ def score_model(
                 batch_size=config.batch_size,
                 max_new_tokens=config.max_new_tokens,
                 device=model.device,
+                ranks=ranks,
             )
             bar.update()
     return scores
@@ -281,11 +297,34 @@ def streamed_means(source: ModelSource, encoded: EncodedCorpus, batch_size: int,
     return means
 
 
+def shared_means(means: Means, batch_size: int, ranks: Ranks) -> Means:
+    """Mean activations to the same bits, by ``ranks`` that take turns at the batches of ``means``.
+
+    Args:
+        means: on its own.
+        batch_size: its records per forward pass.
+        ranks: which take part; all of them get all means.
+    """
+    if ranks.world == 1:
+        return means
+
+    def shared(records: Sequence[Encoded], layers: Sequence[int]) -> list[Tensor]:
+        batches = length_sorted_batches(records, batch_size)
+        dealt = [[i for batch in batches[rank :: ranks.world] for i in batch] for rank in range(ranks.world)]
+        # Sorted by length and cut again, whole batches in their order come out as they were.
+        found = ranks.spread(dealt, lambda own: means([records[i] for i in own], layers) if own else None)
+        back = torch.tensor([i for own in dealt for i in own]).argsort()
+        return [torch.cat([part[n] for part in found if part is not None])[back] for n in range(len(layers))]
+
+    return shared
+
+
 def select_layers(
     recipe: Recipe,
     encoded: EncodedCorpus,
     console: Console,
     *,
+    ranks: Ranks = ALONE,
     total: int,
     model: Callable[[], PreTrainedModel],
     means: Callable[[], Means],
@@ -298,6 +337,7 @@ def select_layers(
         recipe: validated, its layers checked with :func:`check_layers`.
         encoded: the corpus.
         console: progress.
+        ranks: they share the trials; all of them get the selection.
         total: number of the model's layers.
         model: gives the whole model (trials are scored with it), which is left as it was; the sweep alone asks for it.
         means: gives the way to mean activations; mutual information alone asks for it.
@@ -323,7 +363,7 @@ def select_layers(
         return LayerSelection("all", tuple(range(total)), total - 1, criterion, (), information, tuple(notes))
     if settings.selector == "sweep":
         criterion = "kept retain minus left forget probability on validation records, after a short trial (1 is best)"
-        target, scores = _sweep(recipe, model(), encoded, candidates, console)
+        target, scores = _sweep(recipe, model(), encoded, candidates, console, ranks=ranks)
     else:
         assert information is not None
         criterion = "least mutual information of forget and retain activations, in nats (published estimator)"
@@ -386,7 +426,13 @@ def validation_parts(
 
 
 def _sweep(
-    recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus, candidates: Sequence[int], console: Console
+    recipe: Recipe,
+    model: PreTrainedModel,
+    encoded: EncodedCorpus,
+    candidates: Sequence[int],
+    console: Console,
+    *,
+    ranks: Ranks,
 ) -> tuple[int, tuple[LayerScore, ...]]:
     parts, held = validation_parts(recipe, encoded)
 
@@ -426,20 +472,23 @@ def _sweep(
             bar.update()
             return TrialOutcome(after["forget"] / before["forget"], after["retain"] / before["retain"])
 
-        return sweep(candidates, trial)
+        outcomes = dict(zip(candidates, ranks.spread(candidates, trial), strict=True))
+        return sweep(candidates, outcomes.__getitem__)
 
 
 @dataclass(frozen=True)
 class CachePlan:
     """Where kept activations lie beyond the budget, and whether the file may serve a later, resumed run.
 
-    ``streamed`` holds them all already, and whether the model's layers return tuples.
+    ``streamed`` holds them all already, and whether the model's layers return tuples. ``processes`` on this machine
+    keep them, each its own.
     """
 
     path: Path
     resume: bool
     say: Callable[[str], None]
     streamed: tuple[ActivationCache, bool] | None = None
+    processes: int = 1
 
 
 def free_memory() -> int:
@@ -481,7 +530,7 @@ def _memory_errors() -> Iterator[None]:
 
 
 def _store(training: TrainingConfig, plan: CachePlan, device: torch.device) -> ActivationStore:
-    budget = free_memory() / 4 if training.cache_gb is None else training.cache_gb * 2**30
+    budget = free_memory() / 4 / plan.processes if training.cache_gb is None else training.cache_gb * 2**30
     return ActivationStore(plan.path, budget, Slabs(pinned=True) if device.type == "cuda" else None)
 
 
@@ -510,7 +559,7 @@ def stream_prefix(
     plan.say("training: the layers below run once, one in memory at a time")
     training, skeleton = recipe.training, open_skeleton(source)
     store = _store(training, plan, source.device)
-    between = ActivationStore(plan.path.with_name(f"{plan.path.name}.between"), free_memory() / 4)
+    between = ActivationStore(plan.path.with_name(f"{plan.path.name}.between"), free_memory() / 4 / plan.processes)
     try:
         records = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, source.device).records()
         cache, size = ActivationCache(store), _at_once(training)
@@ -577,6 +626,7 @@ def _train(
     loss_mask: LossMask,
     cache: CachePlan,
     own_model: bool = False,
+    ranks: Ranks = ALONE,
     checkpoint: CheckpointPlan | None = None,
     watch: Watch | None = None,
 ) -> Method:
@@ -594,6 +644,7 @@ def _train(
         training,
         seed=recipe.seed,
         hidden_size=decoder.hidden_size,
+        layout=Replicas(ranks),
         checkpoint=checkpoint,
         on_step=None if watch is None else watch.on_step,
         on_resume=None if watch is None else watch.on_resume,
@@ -645,6 +696,7 @@ def unlearn_layers(
     *,
     cache: CachePlan,
     watch: Watch,
+    ranks: Ranks = ALONE,
 ) -> Unlearned:
     """Train the selected layers of ``model``.
 
@@ -655,6 +707,7 @@ def unlearn_layers(
         selection: which layers.
         cache: where frozen activations are kept beyond the memory for them.
         watch: told of the training.
+        ranks: each takes its share of every batch; all hold the same weights.
     """
     adapters, scope = _scope(recipe, model, selection.layers)
     decoder = SplitDecoder(model, selection.layers, scope)
@@ -670,6 +723,7 @@ def unlearn_layers(
         loss_mask=encoded.loss_mask,
         cache=cache,
         own_model=True,
+        ranks=ranks,
         checkpoint=plan,
         watch=watch,
     )
@@ -685,21 +739,29 @@ def unlearn_whole(
     watch: Watch,
     *,
     selection: LayerSelection,
+    ranks: Ranks = ALONE,
 ) -> Unlearned:
     """Train or edit the whole model, or of it the selected layers and the modules that the recipe names.
 
     Args:
         recipe: method and training settings.
-        model: with its head; of no other use afterwards.
+        model: with its head, wherever it is; of no other use afterwards.
         encoded: the corpus.
         alternatives: from :func:`alternatives_of`.
         watch: told of the training.
         selection: which layers.
+        ranks: each takes its share of every batch and, where :func:`shards` says so, holds a part of the model.
     """
     training = recipe.training
     adapters, scope = _scope(recipe, model, selection.layers)
     all_layers = isinstance(recipe.selection.layers, str) and len(selection.layers) == number_of_layers(model.config)
-    whole = WholeModel(model, None if all_layers and scope == "all" else selection.layers, scope)
+    trained_layers = None if all_layers and scope == "all" else selection.layers
+    device, sharded = resolve_device(recipe.device), None
+    if shards(recipe, model, ranks):
+        from falcon_unlearn.methods.sharded_model import ShardedWholeModel
+
+        sharded = ShardedWholeModel(model, device, trained_layers, scope)
+    whole = sharded or WholeModel(model.to(device), trained_layers, scope)
     data = TrainingData(encoded.forget, encoded.retain, encoded.pad_id, model.device)
     setup = WholeSetup(
         whole,
@@ -713,7 +775,8 @@ def unlearn_whole(
     )
     entry = entry_of(recipe.method)
     masters = whole.masters()
-    plan = watch.checkpoint(masters, masters if adapters is None else adapters.originals())
+    changing = masters if sharded is None else sharded.placeholders()
+    plan = watch.checkpoint(masters, changing if adapters is None else adapters.originals())
     method = entry.build(recipe.method, setup)
     if entry.kind == "edit":
         watch.on_resume(0)
@@ -728,12 +791,30 @@ def unlearn_whole(
             training,
             seed=recipe.seed,
             hidden_size=whole.hidden_size,
-            checkpoint=plan,
+            layout=Replicas(ranks) if sharded is None else Shards(ranks, sharded.sharded),
+            checkpoint=plan if sharded is None else None,  # its state lies on all ranks
             on_step=watch.on_step,
             on_resume=watch.on_resume,
             on_halved=watch.on_halved,
         )
+    if sharded is not None:
+        masters = sharded.whole(keep=ranks.first)
     return _unlearned(masters, adapters, method.diagnostics())
+
+
+def shards(recipe: Recipe, model: PreTrainedModel, ranks: Ranks) -> bool:
+    """Whether each of ``ranks`` holds a part of a model that is trained as a whole.
+
+    Adapters are small and edits rare: there every rank holds all of the model, as it does where the model's parameters
+    are not all of one dtype, which FSDP2 wants.
+    """
+    return (
+        ranks.world > 1
+        and recipe.training.shard
+        and recipe.training.lora is None
+        and entry_of(recipe.method).kind == "whole"
+        and len({parameter.dtype for parameter in model.parameters()}) == 1
+    )
 
 
 def alternatives_of(recipe: Recipe, encoded: EncodedCorpus, encoder: Encoder) -> dict[str, tuple[Encoded, ...]]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from falcon_unlearn.engine.trainer import is_out_of_memory
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.suite import Rows, Subject, Suite
 from falcon_unlearn.model.loading import quiet_transformers
+from falcon_unlearn.ranks import ALONE, Ranks
 
 _UNITS_PER_CHUNK = 256
 _DONE = "units_done"
 
 
-def score_suite(suite: Suite, subject: Subject, stem: Path, console: Console) -> Rows:
+def score_suite(suite: Suite, subject: Subject, stem: Path, console: Console, ranks: Ranks = ALONE) -> Rows:
     """Score every part that has no file yet, and read the others back.
 
     Rows are kept in chunks whose bounds do not depend on where scoring was interrupted, so a resumed scoring gives
@@ -31,30 +33,46 @@ def score_suite(suite: Suite, subject: Subject, stem: Path, console: Console) ->
         subject: the model.
         stem: ``<folder>/<model>.<suite>``; a part's rows go to ``<stem>.<part>.jsonl``.
         console: progress.
+        ranks: they take turns at the chunks; rank 0 keeps them.
 
     Raises:
         UserError: out of memory at a single sequence.
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    ranks.on_first(lambda: stem.parent.mkdir(parents=True, exist_ok=True))
     rows: dict[str, Sequence[Any]] = {}
+
+    def score(part: str, chunk: range) -> Sequence[Any]:
+        nonlocal subject
+        found, subject = _score_fitting(suite, part, chunk, subject, console)
+        return found
+
     with console.bar(sum(suite.parts.values()), f"scoring {stem.name}") as bar:
         for part, units in suite.parts.items():
             path = _file(stem, part)
-            if not path.exists():
-                partial = path.with_name(f".{path.name}.partial.tmp")
-                done = _kept_units(partial)
-                bar.update(done)
-                for start in range(done, units, _UNITS_PER_CHUNK):
-                    chunk = range(start, min(start + _UNITS_PER_CHUNK, units))
-                    found, subject = _score_fitting(suite, part, chunk, subject, console)
-                    _append(partial, found, chunk.stop)
+            kept = path.with_name(f".{path.name}.partial.tmp")
+            done = ranks.on_first(partial(_units_done, path, kept, units))
+            bar.update(done)
+            chunks = [
+                range(start, min(start + _UNITS_PER_CHUNK, units)) for start in range(done, units, _UNITS_PER_CHUNK)
+            ]
+            for first in range(0, len(chunks), ranks.world):
+                turn = chunks[first : first + ranks.world]
+                for chunk, found in zip(turn, ranks.spread(turn, partial(score, part)), strict=True):
+                    ranks.on_first(partial(_append, kept, found, chunk.stop))
                     bar.update(len(chunk))
-                write_jsonl(path, _kept_rows(partial))
-                partial.unlink(missing_ok=True)
-            else:
-                bar.update(units)
-            rows[part] = [suite.row(part, plain) for plain in read_jsonl(path)]
+            rows[part] = ranks.on_first(partial(_finished_rows, suite, part, path, kept))
     return rows
+
+
+def _units_done(path: Path, kept: Path, units: int) -> int:
+    return units if path.exists() else _kept_units(kept)
+
+
+def _finished_rows(suite: Suite, part: str, path: Path, kept: Path) -> list[Any]:
+    if not path.exists():
+        write_jsonl(path, _kept_rows(kept))
+        kept.unlink(missing_ok=True)
+    return [suite.row(part, plain) for plain in read_jsonl(path)]
 
 
 def read_suite(suite: Suite, stem: Path) -> Rows | None:

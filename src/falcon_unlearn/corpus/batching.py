@@ -79,20 +79,18 @@ class Batch:
         """Cut into batches of at most ``most`` rows, each as wide as its longest row."""
         if most >= len(self):
             return [self]
-        result = []
-        for start in range(0, len(self), most):
-            rows = slice(start, start + most)
-            width = max(len(record) for record in self.records[rows])
-            result.append(
-                Batch(
-                    self.input_ids[rows, :width],
-                    self.attention_mask[rows, :width],
-                    self.answer_mask[rows, :width],
-                    self.content_mask[rows, :width],
-                    self.records[rows],
-                )
-            )
-        return result
+        return [self.rows(slice(start, start + most)) for start in range(0, len(self), most)]
+
+    def rows(self, rows: slice) -> Batch:
+        """Some of the rows (one at least), as wide as the longest of them."""
+        width = max(len(record) for record in self.records[rows])
+        return Batch(
+            self.input_ids[rows, :width],
+            self.attention_mask[rows, :width],
+            self.answer_mask[rows, :width],
+            self.content_mask[rows, :width],
+            self.records[rows],
+        )
 
 
 class Encoder:

@@ -10,7 +10,7 @@ pcgrad     in conflict each loses its part along the other (Yu et al., NeurIPS 2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,7 +67,10 @@ def coefficients(
 
 
 def combine(
-    forget: Sequence[Tensor], retain: Sequence[Tensor], config: GradientConfig
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    config: GradientConfig,
+    over_shards: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[list[Tensor], GradientStatistics]:
     """Combine the gradients of all trained tensors in place of ``forget``, and say how much they were at odds.
 
@@ -77,9 +80,13 @@ def combine(
         forget: forget gradients; overwritten with the result.
         retain: retain gradients, of the same shapes.
         config: which combination.
+        over_shards: where each of several processes holds a part of every gradient, sums what it is given over them;
+            called once, with the inner products of all tensors.
     """
     pairs = [(f.reshape(-1), r.reshape(-1)) for f, r in zip(forget, retain, strict=True)]
     products = torch.stack([torch.stack([f.dot(r), f.dot(f), r.dot(r)]) for f, r in pairs]).double()
+    if over_shards is not None:
+        products = over_shards(products)
     rows: list[list[float]] = products.tolist()
     for into, other, (dot, forget_squared, retain_squared) in zip(forget, retain, rows, strict=True):
         on_forget, on_retain = coefficients(dot, forget_squared, retain_squared, config)

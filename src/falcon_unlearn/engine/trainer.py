@@ -26,6 +26,7 @@ from falcon_unlearn.corpus.batching import Batch, Encoded, batch_indices, collat
 from falcon_unlearn.engine.checkpoint import Progress, load_newest, save_checkpoint
 from falcon_unlearn.engine.gradient_conflict import GradientConfig, combine
 from falcon_unlearn.engine.optimizers import OptimizerConfig, build_optimizer, learning_rate, scheduled
+from falcon_unlearn.engine.parallel import Replicas
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.methods.base import Method
 from falcon_unlearn.model.lora import LoraConfig
@@ -61,6 +62,8 @@ class TrainingConfig(Section):
     """
     streaming: Literal["auto", "always", "never"] = "auto"
     """Run the frozen layers one at a time, once, and train on what is kept of them; auto: where they do not fit."""
+    shard: bool = True
+    """Of several processes each holds a part of a model that is trained as a whole (FSDP2); false: all of it."""
 
     @model_validator(mode="after")
     def _streamed_is_kept(self) -> TrainingConfig:
@@ -171,8 +174,9 @@ class CheckpointPlan:
 class _MicroBatches:
     """How many records go through the model at once: halved when memory does not suffice, then kept."""
 
-    def __init__(self, config: TrainingConfig, on_halved: Callable[[int], None] | None) -> None:
+    def __init__(self, config: TrainingConfig, layout: Replicas, on_halved: Callable[[int], None] | None) -> None:
         self.size = min(config.micro_batch_size or config.batch_size, config.batch_size)
+        self._layout = layout
         self._on_halved = on_halved
 
     def gradients(
@@ -182,17 +186,20 @@ class _MicroBatches:
         batch: Batch,
         parameters: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Loss and gradients of a whole batch, whatever its cutting.
+        """Loss and gradients of a whole batch, whatever its cutting, summed over the ranks.
 
         Raises:
             UserError: memory does not suffice for a single record.
         """
         while True:
             try:
-                return _accumulated(loss_of, weight_of, batch.parts(self.size), parameters)
+                parts = self._layout.parts(batch, self.size, weight_of)
+                found = _accumulated(loss_of, parts, parameters, self._layout.gradients)
             except RuntimeError as error:  # what the CPU's allocator raises is no OutOfMemoryError
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self._layout.in_step:
                     raise
+            else:
+                return self._layout.reduced(*found)
             # Outside the handler the failed attempt is unreachable, and so is its memory.
             _free_memory()
             if self.size == 1:
@@ -221,30 +228,24 @@ def _free_memory() -> None:
 
 def _accumulated(
     loss_of: Callable[[Batch], Tensor | None],
-    weight_of: Callable[[Batch], int],
-    parts: Sequence[Batch],
+    parts: Sequence[tuple[Batch, float]],
     parameters: Sequence[Tensor],
+    gradients_of: Callable[[Tensor | None, Sequence[Tensor]], list[Tensor]],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Loss and gradients of the batch that ``parts`` make up: their weighted means, one graph alive at a time."""
-    if len(parts) == 1:
-        loss = loss_of(parts[0])
-        return _detached(loss), _gradients(loss, parameters)
-    weights = [weight_of(part) for part in parts]
+    """Loss and gradients of ``parts`` of a batch, each times its factor; one graph is alive at a time."""
     total_loss = torch.zeros((), device=parameters[0].device)
     total: list[Tensor] = []
-    for part, weight in zip(parts, weights, strict=True):
-        if not weight:
-            continue
+    for part, factor in parts:
         loss = loss_of(part)
-        loss = None if loss is None else loss * (weight / sum(weights))
-        gradients = _gradients(loss, parameters)
+        loss = loss if loss is None or factor == 1 else loss * factor
+        gradients = gradients_of(loss, parameters)
         total_loss += _detached(loss).to(total_loss)
         del loss
         if total:
             torch._foreach_add_(total, gradients)
         else:
             total = gradients
-    return total_loss, total or _gradients(None, parameters)
+    return total_loss, total or gradients_of(None, parameters)
 
 
 def train(
@@ -255,6 +256,7 @@ def train(
     *,
     seed: int,
     hidden_size: int,
+    layout: Replicas = Replicas(),  # noqa: B008 (frozen)
     checkpoint: CheckpointPlan | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     on_resume: Callable[[int], None] | None = None,
@@ -273,6 +275,7 @@ def train(
         config: length, optimiser and gradient combination.
         seed: order of the data.
         hidden_size: width of the model, for ``lr: auto``.
+        layout: how the work lies on several processes; each has its share of every batch.
         checkpoint: None keeps no state (trial runs).
         on_step: called with the record of each finished step.
         on_resume: called once with the number of steps already done.
@@ -286,7 +289,7 @@ def train(
     parameters = list(masters.values())
     rate = learning_rate(config.optimizer, hidden_size)
     optimizer = build_optimizer(config.optimizer, parameters, hidden_size=hidden_size, batch_size=config.batch_size)
-    micro = _MicroBatches(config, on_halved)
+    micro = _MicroBatches(config, layout, on_halved)
     found: Progress | None = None
     if checkpoint is not None and checkpoint.resume:
         found = load_newest(checkpoint.path, checkpoint.fingerprint, masters, optimizer, checkpoint.say)
@@ -296,7 +299,8 @@ def train(
         on_resume(start)
 
     def save(state: Progress) -> None:
-        if checkpoint is not None and state != found:  # what was just read need not push out the one before it
+        # What was just read need not push out the one before it.
+        if checkpoint is not None and layout.saves and state != found:
             keep = config.keep_checkpoints
             save_checkpoint(checkpoint.path, state, checkpoint.fingerprint, masters, optimizer, keep=keep)
 
@@ -317,7 +321,9 @@ def train(
                 retain,
                 parameters,
             )
-            combined, statistics = combine(forget_gradients, retain_gradients, config.gradients)
+            combined, statistics = combine(
+                forget_gradients, retain_gradients, config.gradients, over_shards=layout.over_shards
+            )
             record = StepRecord(
                 step=step,
                 forget_loss=float(forget_loss),
@@ -327,7 +333,7 @@ def train(
                 cosine=statistics.cosine,
                 conflicts=statistics.conflicts,
                 seconds=0.0,
-                micro_batches=math.ceil(max(len(forget), len(retain)) / micro.size),
+                micro_batches=math.ceil(layout.share(max(len(forget), len(retain))) / micro.size),
             )
             _check_finite(record, checkpoint)
             if step % config.checkpoint_every == 0:
@@ -341,7 +347,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             if on_step is not None:
                 on_step(dataclasses.replace(record, seconds=time.perf_counter() - began))
-            if interrupted():
+            if layout.ranks.any(interrupted()):
                 _check_weights(step, masters, checkpoint)
                 save(Progress(step + 1, micro.size))
                 raise InterruptedTrainingError(step + 1)
@@ -351,24 +357,6 @@ def train(
 
 def _detached(loss: Tensor | None) -> Tensor:
     return torch.zeros(()) if loss is None else loss.detach()
-
-
-def _gradients(loss: Tensor | None, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients that may be written to: each has memory of its own."""
-    if loss is None:
-        return [torch.zeros_like(parameter) for parameter in parameters]
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    result, taken = [], set()
-    for gradient, parameter in zip(found, parameters, strict=True):
-        if gradient is None:
-            own = torch.zeros_like(parameter)
-        elif gradient.is_contiguous() and gradient.data_ptr() not in taken:
-            own = gradient
-        else:
-            own = gradient.clone(memory_format=torch.contiguous_format)
-        taken.add(own.data_ptr())
-        result.append(own)
-    return result
 
 
 def _check_finite(record: StepRecord, checkpoint: CheckpointPlan | None) -> None:

@@ -16,6 +16,7 @@ import torch
 from falcon_unlearn.corpus.batching import Encoded, Encoder, length_sorted_batches
 from falcon_unlearn.evaluation.log_probabilities import evaluating
 from falcon_unlearn.model.loading import context_length
+from falcon_unlearn.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,11 +78,13 @@ def generate_greedy(
     max_new_tokens: int,
     batch_size: int,
     device: torch.device | str,
+    ranks: Ranks = ALONE,
 ) -> list[list[int]]:
     """Greedy continuation of each prompt, up to and without the first of ``stops``, in the order of ``prompts``.
 
     Batches are left-padded and of similar length. A continuation ends at the model's context length if that comes
-    before ``max_new_tokens``; an empty prompt, or one that leaves no room, gives an empty one.
+    before ``max_new_tokens``; an empty prompt, or one that leaves no room, gives an empty one. ``ranks`` share the
+    batches.
     """
     result: list[list[int]] = [[] for _ in prompts]
     limit = context_length(model.config)
@@ -90,13 +93,18 @@ def generate_greedy(
         room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
         if len(prompt) and room > 0:
             by_room[room].append(i)
+    batches = [
+        (room, [members[p] for p in positions])
+        for room, members in by_room.items()
+        for positions in length_sorted_batches([prompts[i] for i in members], batch_size)
+    ]
+
+    def generate(batch: tuple[int, list[int]]) -> list[list[int]]:
+        room, indices = batch
+        return _batch_generate(model, [prompts[i] for i in indices], pad_id, stops, max_new_tokens=room, device=device)
+
     with evaluating(model):
-        for room, members in by_room.items():
-            for positions in length_sorted_batches([prompts[i] for i in members], batch_size):
-                indices = [members[p] for p in positions]
-                outputs = _batch_generate(
-                    model, [prompts[i] for i in indices], pad_id, stops, max_new_tokens=room, device=device
-                )
-                for i, output in zip(indices, outputs, strict=True):
-                    result[i] = output
+        for (_, indices), outputs in zip(batches, ranks.spread(batches, generate), strict=True):
+            for i, output in zip(indices, outputs, strict=True):
+                result[i] = output
     return result

@@ -8,6 +8,7 @@ records that leaves about half of the tokens.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from falcon_unlearn.corpus.batching import Encoded
+from falcon_unlearn.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -265,6 +267,8 @@ def grouped_log_probabilities(
     pad_id: int,
     batch_size: int,
     device: torch.device | str,
+    *,
+    ranks: Ranks = ALONE,
 ) -> list[list[float]]:
     """Mean log-probability (nats) per answer token of each sequence, in the order of ``groups``.
 
@@ -278,6 +282,7 @@ def grouped_log_probabilities(
         pad_id: any token id.
         batch_size: sequences per forward pass; it changes nothing but rounding.
         device: where batches are put.
+        ranks: they share the forward passes.
     """
     result = [[math.nan] * len(group) for group in groups]
     together, apart = _parts(groups, batch_size, _window(model))
@@ -287,11 +292,12 @@ def grouped_log_probabilities(
     with evaluating(model):
         for parts in (together, apart):
             trees = [_tree(groups, places) for places in parts]
-            for batch in length_sorted_trees(trees, batch_size):
-                found = _tree_log_probabilities(model, [trees[t] for t in batch], pad_id, device)
-                for t, values in zip(batch, found, strict=True):
-                    for (g, i), value in zip(parts[t], values, strict=True):
-                        result[g][i] = value
+            batches = length_sorted_trees(trees, batch_size)
+            passes = [[trees[t] for t in batch] for batch in batches]
+            found = ranks.spread(passes, lambda each: _tree_log_probabilities(model, each, pad_id, device))
+            for t, values in zip(itertools.chain(*batches), itertools.chain(*found), strict=True):
+                for (g, i), value in zip(parts[t], values, strict=True):
+                    result[g][i] = value
     return result
 
 

@@ -18,6 +18,7 @@ from falcon_unlearn.evaluation.log_probabilities import grouped_log_probabilitie
 from falcon_unlearn.evaluation.metrics import normalised_probability, truth_ratio
 from falcon_unlearn.evaluation.rouge import rouge_l_recall
 from falcon_unlearn.model.loading import context_length
+from falcon_unlearn.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,6 +146,7 @@ def score_set(
     max_new_tokens: int = 64,
     device: torch.device | str,
     first_index: int = 0,
+    ranks: Ranks = ALONE,
 ) -> list[SampleScore]:
     """Score every record of one evaluation set, or of a part of it: a record's scores do not depend on the others.
 
@@ -167,11 +169,12 @@ def score_set(
         max_new_tokens: where an answer is cut that does not end by itself.
         device: where batches are put.
         first_index: index of the first of ``records`` in its set.
+        ranks: they share the forward passes; all of them get all scores.
     """
     limit = context_length(model.config)
     requests = [_request(encoder, record, limit) for record in records]
     log_probabilities = grouped_log_probabilities(
-        model, [request.sequences for request in requests], encoder.pad_id, batch_size, device
+        model, [request.sequences for request in requests], encoder.pad_id, batch_size, device, ranks=ranks
     )
     heldout = {i: r.heldout_prompt_ids for i, r in enumerate(requests) if r.heldout_prompt_ids is not None}
     generated = generate_greedy(
@@ -182,6 +185,7 @@ def score_set(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         device=device,
+        ranks=ranks,
     )
     texts = [_decode(encoder, ids) for ids in generated]
     heldout_texts = dict(zip(heldout, texts[len(requests) :], strict=True))

@@ -150,13 +150,18 @@ class WholeModel:
 
             return hook
 
-        handles = [self._stack[layer].register_forward_hook(keep(layer)) for layer in layers]
+        stack = self._layers(masters)
+        handles = [stack[layer].register_forward_hook(keep(layer)) for layer in layers]
         try:
             final, head = self._forward(batch, masters)
         finally:
             for handle in handles:
                 handle.remove()
         return Pass(torch.stack([kept[layer] for layer in layers]) if layers else final[None][:0], final, head)
+
+    def _layers(self, masters: Mapping[str, Tensor] | None) -> nn.ModuleList:
+        """The decoder layers that :meth:`_forward` runs."""
+        return self._stack
 
     def _forward(self, batch: Batch, masters: Mapping[str, Tensor] | None) -> tuple[Tensor, Head]:
         with torch.set_grad_enabled(masters is not None and torch.is_grad_enabled()):
