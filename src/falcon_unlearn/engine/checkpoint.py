@@ -173,6 +173,6 @@ def load_newest(
             say(f"{error.found}; trying the one before it, {files[position + 1].name}")
             continue
         for damaged in files[:position]:  # only now that another is whole, and before they age and push it out
-            damaged.unlink()
+            damaged.unlink(missing_ok=True)
         return progress
     return None
