@@ -30,6 +30,8 @@ def open_output(
 ) -> None:
     """Make an output folder ready, without writing anything but the folder itself.
 
+    Temporary files of a process that was killed count as nothing, and are removed: of several processes, one opens.
+
     Args:
         path: the folder.
         marker: the file by which one of ours is known.
