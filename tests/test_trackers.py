@@ -229,7 +229,7 @@ def test_the_only_free_word_among_the_settings_is_known():
 
 
 def test_mistakes_are_named_before_anything_is_written(recipe_for, tmp_path, monkeypatch, call):
-    with pytest.raises(UserError, match="trackers.*unknown tracker 'tensorbord'.*tensorboard"):
+    with pytest.raises(UserError, match=r"trackers.*unknown tracker 'tensorbord'.*tensorboard"):
         recipe_from(recipe_for({"trackers": ["tensorbord"]}))
     monkeypatch.setattr(trackers, "_is_installed", lambda name: name != "mlflow")
     with pytest.raises(UserError, match=r"mlflow is not installed: pip install 'falcon-unlearn\[mlflow\]'"):
