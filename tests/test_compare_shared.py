@@ -105,6 +105,7 @@ class Crashing:
         monkeypatch.setattr(compare, "run_recipe", run)
 
 
+@pytest.mark.slow
 def test_two_machines_do_each_run_once_and_make_the_table_of_one(make_grid, tmp_path, monkeypatch):
     cells = ["a", "crashing", "searched"]
     crash = Crashing(monkeypatch, "crashing", RuntimeError("the card fell off"), 2)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -241,7 +242,7 @@ def versions() -> dict[str, str]:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to; after the block it is flushed to the disk and renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # machines may share the folder
     try:
         yield temporary
         with temporary.open("rb") as handle:

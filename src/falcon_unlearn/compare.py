@@ -58,6 +58,7 @@ T = TypeVar("T")
 WORST_SCORE = -1.0
 """Of a trial that failed: nothing kept, everything leaked."""
 _WAIT_SECONDS = 0.5
+_WAIT_SECONDS_SHARED = 2.0
 _DEATHS = 2
 """So many workers may die of a run or a trial; then it has failed."""
 _DIED = f"{_DEATHS} workers died while they did it (killed, or out of memory); see what the system says of them"
@@ -557,7 +558,7 @@ def _work(plan: Plan, console: Console, board: Board | None) -> None:
         if not left:
             return
         if not progress:
-            time.sleep(_WAIT_SECONDS)
+            time.sleep(_WAIT_SECONDS if board is None else _WAIT_SECONDS_SHARED)
 
 
 @contextlib.contextmanager

@@ -242,18 +242,24 @@ class Board:
             with contextlib.suppress(LostClaimError):
                 claim.release()  # refused where it is finished
 
+    def _is_taken(self, key: str) -> bool:
+        """Whether the job is done, or its worker has shown a sign of life within the lease."""
+        claims = [trial.number for trial in self._trials.get(key, ()) if not trial.state.is_finished()]
+        now = time.monotonic()
+        return self.result(key) is not None or any(now - self._signs[n][1] < self._lease for n in claims)
+
     def _take(self, key: str) -> Claim | None:
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState, create_trial
 
+        if self._is_taken(key):
+            return None  # as of the last look, which spares a look for each of many jobs
         self.refresh()
-        if self.result(key) is not None:
+        if self._is_taken(key):
             return None
         for trial in self._trials.get(key, ()):
             if trial.state.is_finished():
                 continue
-            if time.monotonic() - self._signs[trial.number][1] < self._lease:
-                return None
             with contextlib.suppress(UpdateFinishedTrialError):  # another worker was quicker
                 self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         template = create_trial(state=TrialState.RUNNING, user_attrs={"job": key, "beat": 0})
