@@ -118,8 +118,8 @@ def test_flops_of_the_whole_model_are_the_counted_ones(recipe_for, tmp_path, cha
     model, *_ = loaded(recipe, tmp_path)
     head_check = counted(lambda: WholeModel(model))
     real = counted(lambda: run_recipe(recipe, console=QUIET)) - head_check
-    # CE-U leaves out the first token of each answer.
-    tolerance = 0.02 if recipe.method.name == "ce_u" else 1e-12
+    # CE-U leaves out the first token of each answer; in a run the check of the head passes the adapters too.
+    tolerance = {"ce_u": 0.02}.get(recipe.method.name, 1e-12 if recipe.training.lora is None else 1e-3)
     assert stage(estimate_run(recipe), "training").flops == pytest.approx(real, rel=tolerance)
 
 
@@ -255,7 +255,7 @@ def test_a_streamed_prefix_needs_room_for_one_layer(recipe_for, config_only):
     """With a batch of one short record and one trained layer out of many, the frozen ones are most of the memory."""
     recipe = recipe_for({
         "model": str(config_only), "device": "cuda", "evaluation": {"enabled": False},
-        "selection": {"layers": [3]}, "training": {"modules": "down_proj", "steps": 1, "batch_size": 1},
+        "selection": {"layers": [2]}, "training": {"modules": "down_proj", "steps": 1, "batch_size": 1},
     })  # fmt: skip
     peaks = {
         streaming: stage(estimate_run(recipe_from(merged(recipe, {"training": more}))), "training").peak_bytes
