@@ -46,9 +46,9 @@ def _llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, words:
 
 MODELS: Mapping[str, PreTrainedConfig] = {
     "Zephyr-7B": MistralConfig(vocab_size=32_000, sliding_window=4096, dtype="bfloat16"),
-    "Llama-2-7B": _llama(4096, 11_008, 32, 32, 32, 32_000),
     "Llama-2-13B": _llama(5120, 13_824, 40, 40, 40, 32_000),
     "Llama-3.1-70B": _llama(8192, 28_672, 80, 64, 8, 128_256),
+    "Llama-2-7B": _llama(4096, 11_008, 32, 32, 32, 32_000),
 }
 
 
@@ -57,16 +57,22 @@ def rows_for(layers: int) -> dict[str, dict[str, Any]]:
     target = layers // 4 - 1
     one, three = {"layers": [target]}, {"layers": [target - 2, target - 1, target]}
     layer, paper = {"name": "falcon", "preset": "layer"}, {"name": "falcon", "preset": "paper"}
-    whole = {"name": "falcon", "preset": "default"}
+    whole, every = {"name": "falcon", "preset": "default"}, {"layers": "all"}
+    lora = {"rank": 8}
     return {
         "paper, 3 layers": {"method": paper, "selection": three, "training": {"cache": "never"}},
         "paper, 3 layers, streamed": {"method": paper, "selection": three, "training": {"streaming": "always"}},
         "layer, 1 layer": {"method": layer, "selection": one, "training": {"cache": "never"}},
         "layer, 1 layer, streamed": {"method": layer, "selection": one, "training": {"streaming": "always"}},
-        "default, LoRA r=8": {"method": whole, "training": {"lora": {"rank": 8}}},
-        "default, 3 layers": {"method": whole, "selection": three},
-        "default, all": {"method": whole},
         "scoring": {"method": layer, "selection": one, "evaluation": {"enabled": True, "batch_size": BATCH}},
+        "default, LoRA r=8": {"method": whole, "selection": every, "training": {"lora": lora}},
+        "default, LoRA r=8, by 1": {
+            "method": whole,
+            "selection": every,
+            "training": {"lora": lora, "micro_batch_size": 1},
+        },
+        "default, 3 layers": {"method": whole, "selection": three},
+        "default, all": {"method": whole, "selection": every},
     }
 
 
@@ -106,7 +112,8 @@ def main() -> int:
             )
             yes = ["yes" if fit else "-" for fit in fits.values()]
             table.append([name, what, harness.gib(peak), *yes, harness.gib(host) if host else "-"])
-            print(f"{name}, {what}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
+            done = f"{harness.gib(peak)}, host {harness.gib(host)}, {time.perf_counter() - began:.1f} s"
+            print(f"{name}, {what}: {done}", file=sys.stderr)
         if arguments.quick:
             break
     title = "Peak memory on the device, computed by the cost model, not measured"

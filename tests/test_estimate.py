@@ -118,8 +118,8 @@ def test_flops_of_the_whole_model_are_the_counted_ones(recipe_for, tmp_path, cha
     model, *_ = loaded(recipe, tmp_path)
     head_check = counted(lambda: WholeModel(model))
     real = counted(lambda: run_recipe(recipe, console=QUIET)) - head_check
-    # CE-U leaves out the first token of each answer.
-    tolerance = 0.02 if recipe.method.name == "ce_u" else 1e-12
+    # CE-U leaves out the first token of each answer; in a run the check of the head passes the adapters too.
+    tolerance = {"ce_u": 0.02}.get(recipe.method.name, 1e-12 if recipe.training.lora is None else 1e-3)
     assert stage(estimate_run(recipe), "training").flops == pytest.approx(real, rel=tolerance)
 
 
@@ -232,6 +232,36 @@ def test_the_parts_of_the_training_peak_add_up(recipe_for):
     table = estimate_table(estimate)
     assert "fp32 masters" in table
     assert "not included: Python and its libraries" in table
+
+
+@pytest.mark.parametrize("streaming", ["auto", "always"])
+def test_on_a_gpu_kept_activations_take_the_hosts_memory(recipe_for, streaming):
+    training = {"cache": "always", "streaming": streaming, "steps": 3, "batch_size": 4}
+    on_gpu, on_cpu = (
+        estimate_run(recipe_from(recipe_for({"device": device, "dtype": "float32", "training": training})))
+        for device in ("cuda", "cpu")
+    )
+    assert on_cpu.host_bytes == 0
+    assert on_gpu.host_bytes == on_cpu.training["activation cache"]
+    assert "activation cache" not in on_gpu.training
+    ahead = on_gpu.training["activations fetched ahead"]
+    assert 0 < ahead < on_gpu.host_bytes
+    assert sum(on_gpu.training.values()) <= stage(on_gpu, "training").peak_bytes
+    assert "MiB of kept activations (training.cache_gb)" in estimate_table(on_gpu)
+    assert "fetched ahead" not in estimate_table(on_cpu)
+
+
+def test_a_streamed_prefix_needs_room_for_one_layer(recipe_for, config_only):
+    """With a batch of one short record and one trained layer out of many, the frozen ones are most of the memory."""
+    recipe = recipe_for({
+        "model": str(config_only), "device": "cuda", "evaluation": {"enabled": False},
+        "selection": {"layers": [2]}, "training": {"modules": "down_proj", "steps": 1, "batch_size": 1},
+    })  # fmt: skip
+    peaks = {
+        streaming: stage(estimate_run(recipe_from(merged(recipe, {"training": more}))), "training").peak_bytes
+        for streaming, more in (("never", {"cache": "never"}), ("always", {"streaming": "always"}))
+    }
+    assert peaks["always"] < peaks["never"]
 
 
 def test_named_layers_leave_nothing_to_select(recipe_for):

@@ -29,7 +29,7 @@ from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.log_probabilities import PrefixTree, planned_passes
 from falcon_unlearn.evaluation.scoring import text_halves
 from falcon_unlearn.methods import FalconConfig, RmuConfig, ScrubConfig, WholeModel, WholeSetup, entry_of
-from falcon_unlearn.methods.falcon_whole import aligned
+from falcon_unlearn.methods.falcon_whole import aligned, passed_together
 from falcon_unlearn.methods.whole_model import Pass
 from falcon_unlearn.model.activation_cache import record_key
 from falcon_unlearn.model.cost import (
@@ -83,7 +83,6 @@ if TYPE_CHECKING:
 _ASSUMED_LENGTH = 512
 _ASSUMED_RECORDS = 400
 _SETUP_TOKENS = 8192  # as methods.rmu
-_CHOICE_RECORDS = 64  # as methods.falcon_whole
 _META = torch.device("meta")
 
 
@@ -625,8 +624,11 @@ def _stages_of(
     values = sum(value.numel() for value in changed.values())
     stored, lora = values * _checkpoint_dtype(inputs.config).itemsize, inputs.recipe.training.lora
     merging = 0 if lora is None else 2 * lora.rank * values
+    on_device = values
+    if lora is not None and inputs.device != "cpu":  # merged one at a time
+        on_device = 2 * max(value.numel() for value in changed.values())
     patch = StageEstimate(
-        "patch", memory.weights + 4 * values, 0, 2 * stored, f"{len(changed)} tensors, before and after"
+        "patch", memory.weights + 4 * on_device, 0, 2 * stored, f"{len(changed)} tensors, before and after"
     )
     training = StageEstimate("training", peak, flops + merging, memory.masters + memory.optimizer, what)
     return training, parts, patch
@@ -703,8 +705,7 @@ def _passed_together(inputs: _Inputs) -> list[Sequence[Encoded]]:
     options: list[Sequence[Encoded]] = list(inputs.alternatives.values())
     if not isinstance(inputs.recipe.method, FalconConfig):
         return options
-    every = [each for group in options for each in group]
-    return [every[start : start + _CHOICE_RECORDS] for start in range(0, len(every), _CHOICE_RECORDS)]
+    return passed_together([each for group in options for each in group])
 
 
 def _whole_training(
@@ -770,7 +771,8 @@ def _whole_memory(
     trained = [parameters[name] for name in whole.parameter_names]
     masters = 4 * sum(parameter.numel() for parameter in trained)
     # Those of the batch, and as many more as a set-up takes at once.
-    keys = [*map(record_key, forget[1].records), *itertools.islice(inputs.alternatives, _CHOICE_RECORDS)]
+    more = len(_passed_together(inputs)[0]) if isinstance(inputs.recipe.method, FalconConfig) else len(forget[1])
+    keys = [*map(record_key, forget[1].records), *itertools.islice(inputs.alternatives, more)]
     alternatives = {key: inputs.alternatives[key] for key in keys if key in inputs.alternatives}
     with metered(whole.model) as meter:
         on_forget, on_retain = (batch.to(_META) for _, batch in (forget, retain))

@@ -45,7 +45,7 @@ from falcon_unlearn.objectives.vocabulary import kl_divergence, target_log_proba
 
 _COMMON_SHARE = 0.02
 """A token that stands in so many of the retain answers is no part of what is asked for."""
-_BATCH = 64
+_BATCH, _BATCH_TOKENS = 64, 4096
 
 
 class StandInConfig(Section):
@@ -122,6 +122,19 @@ def aligned(batch: Batch, stand_ins: Batch) -> _Pairs:
         torch.tensor(values, dtype=torch.long, device=device) for values in (rows, columns, theirs)
     )
     return _Pairs(own_rows, own_columns, their_columns, torch.tensor(weights, device=device))
+
+
+def passed_together(records: Sequence[Encoded]) -> list[Sequence[Encoded]]:
+    """Cut ``records`` into what the set-up runs at once: few enough not to take more memory than a training step."""
+    groups: list[list[Encoded]] = []
+    width = 0
+    for record in records:
+        width = max(width, len(record))
+        if not groups or len(groups[-1]) == _BATCH or (len(groups[-1]) + 1) * width > _BATCH_TOKENS:
+            groups.append([])
+            width = len(record)
+        groups[-1].append(record)
+    return list(groups)
 
 
 class WholeFalcon(WholeMethod):
@@ -218,8 +231,8 @@ class WholeFalcon(WholeMethod):
         """Whether the original model gives every rare token of the answer at least the probability that is too much."""
         result: list[bool] = []
         device = self.setup.model.model.device
-        for start in range(0, len(records), _BATCH):
-            batch = collate(records[start : start + _BATCH], self.setup.pad_id).to(device)
+        for group in passed_together(records):
+            batch = collate(group, self.setup.pad_id).to(device)
             found = self.setup.model.predictions(batch, "answer", None).log_probabilities()
             for row, record in enumerate(batch.records):
                 asked = set(record.ids[: record.answer_start])

@@ -102,7 +102,7 @@ class Adapters:
 
     @torch.no_grad()
     def merged(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """W + alpha / rank * B A in fp32, under the names of the model without adapters.
+        """W + alpha / rank * B A in fp32 on the CPU, under the names of the model without adapters.
 
         Args:
             masters: trained adapter tensors by name.
@@ -113,7 +113,8 @@ class Adapters:
             change = b @ a
             if self.model.get_submodule(name).fan_in_fan_out:
                 change = change.T
-            result[key] = torch.add(weight, change, alpha=self.config.alpha / self.config.rank)
+            merged = torch.add(weight, change, alpha=self.config.alpha / self.config.rank)
+            result[key] = merged.cpu()  # all of them in fp32 may be twice the model
         return result
 
     def save(self, folder: Path, masters: Mapping[str, Tensor], base_model: str) -> None:
