@@ -9,6 +9,7 @@ import torch
 from conftest import FORGET_ROWS, RETAIN_ROWS, write_lines
 from safetensors.torch import load_file
 
+from falcon_unlearn import cli
 from falcon_unlearn.api import apply_patch, load_recipe, revert_patch, unlearn, verify_patch
 from falcon_unlearn.artifacts import read_jsonl
 from falcon_unlearn.console import Console
@@ -130,7 +131,7 @@ def test_patches_applied_in_order_are_the_runs_final_weights(tiny, weeks, checkp
         assert same_weights(in_memory, load_causal_lm(source(checkpoints[number])))
 
 
-def test_a_whole_stack_in_one_go_is_the_patches_one_by_one(tiny, weeks, checkpoints, tmp_path):
+def test_a_whole_stack_in_one_go_is_the_patches_one_by_one(tiny, weeks, checkpoints, call, tmp_path):
     stack = read_stack([weeks[2].patch.folder])
     apply_stack(stack, tiny.model, tmp_path / "from-base")
     apply_stack(stack, checkpoints[1], tmp_path / "from-week1")
@@ -139,6 +140,9 @@ def test_a_whole_stack_in_one_go_is_the_patches_one_by_one(tiny, weeks, checkpoi
         assert contents(tmp_path / made) == contents(checkpoints[3])
     with pytest.raises(UserError, match="already patched"):
         apply_stack(stack, checkpoints[3], tmp_path / "again")
+    out = tmp_path / "by-command"
+    assert call("patch", "apply", weeks[2].patch.folder, "--model", tiny.model, "--out", out, "--stack").code == 0
+    assert contents(out) == contents(checkpoints[3])
 
 
 def test_a_stack_on_another_model_is_refused(weeks, checkpoints, oracle, tmp_path):
@@ -399,6 +403,16 @@ def test_earlier_forget_sets_are_scored_again_as_by_hand(weeks, checkpoints):
     # and before a request they are as the one before left them
     before = weeks[2].metrics["before"].suites["earlier"].metrics["request_2_probability"].value
     assert before == pytest.approx(weeks[1].metrics["after"].forget_probability, abs=1e-6)
+
+
+def test_the_command_prints_them(weeks, capfd):
+    cli._print_run(weeks[2], as_json=False)
+    told = capfd.readouterr().out
+    assert [word in told for word in ("earlier forget sets", "request 1 accuracy", "request 2 probability")] == [
+        True
+    ] * 3
+    cli._print_run(weeks[0], as_json=False)
+    assert "earlier" not in capfd.readouterr().out
 
 
 def test_they_need_not_be_scored(tiny_recipe, weeks, tmp_path):

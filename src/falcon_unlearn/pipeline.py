@@ -56,7 +56,7 @@ from falcon_unlearn.model.loading import (
     text_config,
 )
 from falcon_unlearn.model.patch import Patch, read_patch, write_patch
-from falcon_unlearn.model.patched import load_patched, read_patches
+from falcon_unlearn.model.patched import fitting, load_patched
 from falcon_unlearn.model.shards import fingerprint, tensor_files, tensor_spans
 from falcon_unlearn.model.skeleton import fetch_first_layers, load_first_layers
 from falcon_unlearn.recipe import Recipe
@@ -185,7 +185,7 @@ def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
         )
     config = load_config(source)
     on_disk = tensor_spans(source.folder, _tensors_in_use(recipe, source))
-    source = replace(source, patches=read_patches(source, [request.patch.folder for request in earlier]))
+    source = replace(source, patches=fitting(source, [request.patch for request in earlier]))
     check_layers(recipe, config, {name: span.shape for name, span in on_disk.items()})
     encoder = Encoder(
         load_tokenizer(source), template=recipe.corpus.template, plain_template=recipe.corpus.plain_template
