@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FORGET_ROWS, RETAIN_ROWS, write_lines
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from falcon_unlearn import cli
 from falcon_unlearn.api import apply_patch, load_recipe, revert_patch, unlearn, verify_patch
@@ -199,6 +199,19 @@ def test_apply_without_what_is_below_is_refused_and_names_it(weeks, checkpoints,
     verified = verify_patch(weeks[patch - 1].patch.folder, checkpoints[on])
     assert verified.lacks.folder == str(lacking.folder)
     assert call("patch", "verify", weeks[patch - 1].patch.folder, "--model", checkpoints[on]).code == 2
+
+
+def test_a_model_that_only_resembles_what_is_below_is_a_wrong_base(weeks, checkpoints, tmp_path):
+    """Week 2 leaves week 1's tensors alone, so its own are as they should be."""
+    model, patch = shutil.copytree(checkpoints[1], tmp_path / "model"), weeks[1].patch.folder
+    weights = load_file(model / "model.safetensors")
+    name = next(iter(read_patch(weeks[0].patch.folder).tensors))
+    weights[name][0, 0] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="wrong base"):
+        apply_patch(model, patch, tmp_path / "out")
+    report = verify_patch(patch, model)
+    assert (report.state, [mismatch.name for mismatch in report.mismatches]) == ("other", [name])
 
 
 def test_in_memory_too(weeks, checkpoints):
@@ -427,6 +440,9 @@ def test_the_report_shows_what_the_patch_stands_on_and_the_earlier_sets(weeks):
     assert read_patch(weeks[0].patch.folder).id[:12] in page
     assert "request 1 probability" in page
     assert " --stack --out" in page
+    ids = [read_patch(run.patch.folder).id for run in weeks]
+    assert f"`{ids[0][:16]}`, `{ids[1][:16]}`" in (weeks[2].folder / "model_card.md").read_text()
+    assert json.loads((weeks[2].folder / "provenance.json").read_text())["after"] == ids[:2]
     assert "It stands on" not in (weeks[0].folder / "report.html").read_text()
 
 

@@ -615,6 +615,7 @@ def _write_provenance(inputs: _Inputs, folder: RunFolder, started: datetime) -> 
                 "type": inputs.config.model_type,
                 "parameters_in_files_read": sum(math.prod(span.shape) for span in inputs.on_disk.values()),
             },
+            **({"after": [patch.id for patch in inputs.source.patches]} if inputs.source.patches else {}),
             "method": {"name": inputs.recipe.method.name, "preset": inputs.recipe.method.preset},
             "method_diagnostics": inputs.diagnostics or earlier.get("method_diagnostics", {}),
             "data": dict(inputs.corpus.hashes),
