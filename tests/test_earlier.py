@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FORGET_ROWS, RETAIN_ROWS, write_lines
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from falcon_unlearn import cli
 from falcon_unlearn.api import apply_patch, load_recipe, revert_patch, unlearn, verify_patch
 from falcon_unlearn.artifacts import read_jsonl
 from falcon_unlearn.console import Console
@@ -130,7 +131,7 @@ def test_patches_applied_in_order_are_the_runs_final_weights(tiny, weeks, checkp
         assert same_weights(in_memory, load_causal_lm(source(checkpoints[number])))
 
 
-def test_a_whole_stack_in_one_go_is_the_patches_one_by_one(tiny, weeks, checkpoints, tmp_path):
+def test_a_whole_stack_in_one_go_is_the_patches_one_by_one(tiny, weeks, checkpoints, call, tmp_path):
     stack = read_stack([weeks[2].patch.folder])
     apply_stack(stack, tiny.model, tmp_path / "from-base")
     apply_stack(stack, checkpoints[1], tmp_path / "from-week1")
@@ -139,6 +140,9 @@ def test_a_whole_stack_in_one_go_is_the_patches_one_by_one(tiny, weeks, checkpoi
         assert contents(tmp_path / made) == contents(checkpoints[3])
     with pytest.raises(UserError, match="already patched"):
         apply_stack(stack, checkpoints[3], tmp_path / "again")
+    out = tmp_path / "by-command"
+    assert call("patch", "apply", weeks[2].patch.folder, "--model", tiny.model, "--out", out, "--stack").code == 0
+    assert contents(out) == contents(checkpoints[3])
 
 
 def test_a_stack_on_another_model_is_refused(weeks, checkpoints, oracle, tmp_path):
@@ -195,6 +199,19 @@ def test_apply_without_what_is_below_is_refused_and_names_it(weeks, checkpoints,
     verified = verify_patch(weeks[patch - 1].patch.folder, checkpoints[on])
     assert verified.lacks.folder == str(lacking.folder)
     assert call("patch", "verify", weeks[patch - 1].patch.folder, "--model", checkpoints[on]).code == 2
+
+
+def test_a_model_that_only_resembles_what_is_below_is_a_wrong_base(weeks, checkpoints, tmp_path):
+    """Week 2 leaves week 1's tensors alone, so its own are as they should be."""
+    model, patch = shutil.copytree(checkpoints[1], tmp_path / "model"), weeks[1].patch.folder
+    weights = load_file(model / "model.safetensors")
+    name = next(iter(read_patch(weeks[0].patch.folder).tensors))
+    weights[name][0, 0] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="wrong base"):
+        apply_patch(model, patch, tmp_path / "out")
+    report = verify_patch(patch, model)
+    assert (report.state, [mismatch.name for mismatch in report.mismatches]) == ("other", [name])
 
 
 def test_in_memory_too(weeks, checkpoints):
@@ -401,6 +418,16 @@ def test_earlier_forget_sets_are_scored_again_as_by_hand(weeks, checkpoints):
     assert before == pytest.approx(weeks[1].metrics["after"].forget_probability, abs=1e-6)
 
 
+def test_the_command_prints_them(weeks, capfd):
+    cli._print_run(weeks[2], as_json=False)
+    told = capfd.readouterr().out
+    assert [word in told for word in ("earlier forget sets", "request 1 accuracy", "request 2 probability")] == [
+        True
+    ] * 3
+    cli._print_run(weeks[0], as_json=False)
+    assert "earlier" not in capfd.readouterr().out
+
+
 def test_they_need_not_be_scored(tiny_recipe, weeks, tmp_path):
     recipe = week_recipe(tiny_recipe, tmp_path, 2, after=[str(weeks[0].folder)])
     recipe["evaluation"] = {**recipe["evaluation"], "earlier": False}
@@ -413,6 +440,9 @@ def test_the_report_shows_what_the_patch_stands_on_and_the_earlier_sets(weeks):
     assert read_patch(weeks[0].patch.folder).id[:12] in page
     assert "request 1 probability" in page
     assert " --stack --out" in page
+    ids = [read_patch(run.patch.folder).id for run in weeks]
+    assert f"`{ids[0][:16]}`, `{ids[1][:16]}`" in (weeks[2].folder / "model_card.md").read_text()
+    assert json.loads((weeks[2].folder / "provenance.json").read_text())["after"] == ids[:2]
     assert "It stands on" not in (weeks[0].folder / "report.html").read_text()
 
 

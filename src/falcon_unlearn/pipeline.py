@@ -57,7 +57,7 @@ from falcon_unlearn.model.loading import (
     text_config,
 )
 from falcon_unlearn.model.patch import DOCUMENT_FILE, Patch, read_patch, write_patch
-from falcon_unlearn.model.patched import load_patched, read_patches
+from falcon_unlearn.model.patched import fitting, load_patched
 from falcon_unlearn.model.shards import fingerprint, tensor_files, tensor_spans
 from falcon_unlearn.model.skeleton import fetch_first_layers, load_first_layers
 from falcon_unlearn.ranks import ALONE, Ranks
@@ -196,7 +196,7 @@ def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking, ranks: Ra
         )
     config = load_config(source)
     on_disk = tensor_spans(source.folder, _tensors_in_use(recipe, source))
-    source = replace(source, patches=read_patches(source, [request.patch.folder for request in earlier]))
+    source = replace(source, patches=fitting(source, [request.patch for request in earlier]))
     check_layers(recipe, config, {name: span.shape for name, span in on_disk.items()})
     encoder = Encoder(
         load_tokenizer(source), template=recipe.corpus.template, plain_template=recipe.corpus.plain_template
@@ -756,6 +756,7 @@ def _write_provenance(inputs: _Inputs, folder: RunFolder, started: datetime, pat
                 "type": inputs.config.model_type,
                 "parameters_in_files_read": sum(math.prod(span.shape) for span in inputs.on_disk.values()),
             },
+            **({"after": [patch.id for patch in inputs.source.patches]} if inputs.source.patches else {}),
             "method": {"name": inputs.recipe.method.name, "preset": inputs.recipe.method.preset},
             "method_diagnostics": {} if patch is None else patch.provenance.get("method_diagnostics", {}),
             "data": dict(inputs.corpus.hashes),

@@ -341,15 +341,14 @@ def _compare(patch: Patch, model: Path, spans: Mapping[str, TensorSpan]) -> Veri
     return VerifyReport(state, tuple(mismatches), tuple(at_base), tuple(at_patched))
 
 
-def _lacks(patch: Patch, model: Path, spans: Mapping[str, TensorSpan], found: VerifyReport) -> Ancestor | None:
-    """The first patch below ``patch`` that is not on the model; None too where that is no model of this line."""
+def _level_below(patch: Patch, model: Path, spans: Mapping[str, TensorSpan], found: VerifyReport) -> int | None:
+    """How many of the patches below ``patch`` lie on the model, from the first on; None where it is of another line."""
     known = {name: patch.tensors[name].sha256_before for name in (*found.at_base, *found.at_patched)}
 
     def digest(name: str) -> str | None:
         return known.get(name) or (sha256_of(model, spans[name]) if name in spans else None)
 
-    there = level([ancestor.tensors for ancestor in patch.ancestry], digest)
-    return None if there is None or there == len(patch.ancestry) else patch.ancestry[there]
+    return level([ancestor.tensors for ancestor in patch.ancestry], digest)
 
 
 def verify_patch(patch: Patch, model: Path) -> VerifyReport:
@@ -360,7 +359,15 @@ def verify_patch(patch: Patch, model: Path) -> VerifyReport:
     """
     spans = tensor_spans(model)
     found = _compare(patch, model, spans)
-    return replace(found, lacks=_lacks(patch, model, spans, found))
+    there = _level_below(patch, model, spans, found)
+    if there is not None and there < len(patch.ancestry):
+        return replace(found, lacks=patch.ancestry[there])
+    if there is None and found.state == "base":  # the line ends below: its own tensors are not all that counts
+        last = {name: after for ancestor in patch.ancestry for name, (_, after) in ancestor.tensors.items()}
+        strange = [name for name, after in last.items() if name not in spans or sha256_of(model, spans[name]) != after]
+        mismatches = [Mismatch(name, "hash" if name in spans else "missing") for name in strange]
+        return replace(found, state="other", mismatches=tuple(mismatches))
+    return found
 
 
 def _describe(report: VerifyReport, patch: Patch) -> str:
@@ -527,11 +534,11 @@ def apply_patch(patch: Patch, base: Path, out: Path, *, link: bool = False) -> A
         report = _compare(patch, base, spans)
         if report.state == "patched":
             raise UserError(f"{base}: is already patched: nothing to apply")
-        lacks = _lacks(patch, base, spans, report)
-        if lacks is not None:
+        there = _level_below(patch, base, spans, report)
+        if there is not None and there < len(patch.ancestry):
             raise UserError(
-                f"{base}: lacks the patch {lacks}, on which {patch.folder} stands: apply that first, or all that is "
-                "lacking at once with --stack"
+                f"{base}: lacks the patch {patch.ancestry[there]}, on which {patch.folder} stands: apply that first, "
+                "or all that is lacking at once with --stack"
             )
         if report.state == "mixed":
             raise UserError(
@@ -540,6 +547,11 @@ def apply_patch(patch: Patch, base: Path, out: Path, *, link: bool = False) -> A
             )
         if report.state == "other":
             raise UserError(f"{base}: wrong base: {_describe(report, patch)}")
+        if there is None:
+            raise UserError(
+                f"{base}: wrong base: what the patches changed on which {patch.folder} stands is there neither as they "
+                f"left it nor as in the base '{patch.base_model}'"
+            )
         laid = _laid_below(patch, base)
         digests = {name: change.sha256_after for name, change in patch.tensors.items()}
         edits = _edits(patch.folder / PATCH_FILE, patch.tensors, digests, spans)

@@ -60,11 +60,11 @@ def _find(ancestor: Ancestor, patch: Patch, given: Sequence[Patch]) -> Patch:
     if found:
         raise UserError(
             f"patch {patch.folder}: stands on the patch {ancestor}, and what is there now is another one "
-            f"({found[0].id[:SHORT]}): put the one of that time back, or name its folder too, before this one"
+            f"({found[0].id[:SHORT]}): put the one of that time back"
         )
     raise UserError(
-        f"patch {patch.folder}: stands on the patch {ancestor}, which is not there: put it back, or name the folder it "
-        "is in now too, before this one"
+        f"patch {patch.folder}: stands on the patch {ancestor}, which is not there: put it back, or, where several "
+        "patches can be named, name the folder it is in now before this one"
     )
 
 
@@ -79,13 +79,28 @@ def read_patches(source: ModelSource, folders: Sequence[Path]) -> tuple[Patch, .
         UserError: a patch is damaged, one that it stands on is missing, or it was not made for this base with the
             patches before it.
     """
-    patches = read_stack(folders)
+    stack = read_stack(folders)
+    first = next((place for place, patch in enumerate(stack) if patch.folder in folders), 0)
+    return fitting(source, stack, may_have=first)
+
+
+def fitting(source: ModelSource, patches: Sequence[Patch], *, may_have: int = 0) -> tuple[Patch, ...]:
+    """The patches of :func:`read_stack`, checked against the checkpoint and each other.
+
+    Args:
+        source: the base.
+        patches: the earliest first.
+        may_have: how many of them, from the first on, may lie on the base already; those that do are left out.
+
+    Raises:
+        UserError: a patch was not made for this base with the patches before it.
+    """
     touched = {name for patch in patches for name in patch.tensors}
     files = tensor_files(source.folder) if patches else {}
     fetch_files(source, {files[name] for name in touched & set(files)})
     spans = tensor_spans(source.folder, touched) if patches else {}
-    if patches and patches[0].folder not in folders:  # what it stands on, which may be on the base
-        below = [ancestor.tensors for ancestor in read_patch(folders[0]).ancestry]
+    if may_have:
+        below = [patch.changes for patch in patches[:may_have]]
         there = level(below, lambda name: sha256_of(source.folder, spans[name]) if name in spans else None)
         patches = patches[there or 0 :]
     current: dict[str, str] = {}
@@ -103,7 +118,7 @@ def read_patches(source: ModelSource, folders: Sequence[Path]) -> tuple[Patch, .
                     f"give the base '{patch.base_model}' and every patch before this one, in order"
                 )
             current[name] = change.sha256_after
-    return patches
+    return tuple(patches)
 
 
 def parameter_names(patch: Patch, model: PreTrainedModel, on_disk: Collection[str] | None = None) -> dict[str, str]:
@@ -129,13 +144,12 @@ def parameter_names(patch: Patch, model: PreTrainedModel, on_disk: Collection[st
 
 
 def _copy_into(patch: Patch, model: PreTrainedModel, names: Mapping[str, str]) -> None:
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    values = load_file(patch.folder / PATCH_FILE)
     parameters = dict(model.named_parameters())
-    with torch.no_grad():
+    with torch.no_grad(), safe_open(patch.folder / PATCH_FILE, framework="pt") as values:
         for stored, name in names.items():
-            parameters[name].copy_(values[stored])
+            parameters[name].copy_(values.get_tensor(stored))
 
 
 def load_patched(source: ModelSource, patches: Sequence[Patch]) -> PreTrainedModel:
@@ -154,8 +168,10 @@ def load_patched(source: ModelSource, patches: Sequence[Patch]) -> PreTrainedMod
     except UserError:
         del model
         return _load_by_links(source, patches)
-    for patch, found in zip(patches, names, strict=True):
-        _copy_into(patch, model, found)
+    done: set[str] = set()
+    for patch, found in zip(reversed(patches), reversed(names), strict=True):  # of each tensor, the last value alone
+        _copy_into(patch, model, {stored: name for stored, name in found.items() if stored not in done})
+        done |= set(found)
     return model
 
 

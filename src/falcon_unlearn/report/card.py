@@ -58,6 +58,7 @@ def build_card(metrics: Mapping[str, Any], provenance: Mapping[str, Any], attack
         f"`{method.get('preset')}`, seed {provenance.get('seed')}. The forget data is named by its SHA-256 alone: "
         + ", ".join(f"{name} `{digest[:16]}`" for name, digest in (provenance.get("data") or {}).items())
         + ".",
+        *_earlier(provenance.get("after") or ()),
         "## What it forgot and kept",
         _metrics_table(metrics),
         "Intervals are 95 % bootstrap intervals over entities, or over samples where records name no entity. "
@@ -72,6 +73,16 @@ def build_card(metrics: Mapping[str, Any], provenance: Mapping[str, Any], attack
         _LIMITS,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _earlier(ids: Sequence[str]) -> list[str]:
+    if not ids:
+        return []
+    return [
+        f"It stands on {len(ids)} earlier deletion request{'s' * (len(ids) > 1)}, each a patch of the same base: "
+        + ", ".join(f"`{name[:16]}`" for name in ids)
+        + ". What is said below as *before* has those."
+    ]
 
 
 def _metrics_table(metrics: Mapping[str, Any]) -> str:
