@@ -76,7 +76,7 @@ def start(rank, world, port, arguments, **environment):
     )
 
 
-def end(processes, seconds=120):
+def end(processes, seconds=240):
     """(exit code, stdout, stderr) of each; none is left behind."""
     until = time.monotonic() + seconds
     try:
@@ -121,10 +121,10 @@ def training_jobs(tiny_recipe, folder, world):
             training["micro_batch_size"] = batch // world
         base = {"selection": {"layers": "all"}, "evaluation": {"enabled": False}, "training": training}
         for name, changes in methods.items():
-            if world > 2 and name == "falcon_layer":  # a sum of four has no order of its own
-                changes = merged(changes, {"training": {"gradients": {"combination": "sum"}}})
-            jobs[name] = tiny_recipe(merged(base, changes), folder / name)
-    return jobs
+            jobs[name] = merged(base, changes)
+    if world > 2:  # a sum of four has no order of its own
+        jobs["falcon_layer"]["training"]["gradients"] = {"combination": "sum"}
+    return {name: tiny_recipe(changes, folder / name) for name, changes in jobs.items()}
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -189,7 +189,8 @@ def test_selection_scores_and_attacks_of_several_ranks_are_those_of_one(tiny, ti
                     "original": str(tiny.model), "output": str(folder / "attack"),
                     "overrides": [
                         f"forget={tiny.forget}", f"retain={tiny.retain}", "device=cpu", "max_new_tokens=8",
-                        "relearn.known=3", "relearn.epochs=1", "relearn.points=1", "quantize.formats=[int8]", "interpolate.alphas=[1.0]",
+                        "relearn.known=3", "relearn.epochs=1", "relearn.points=1",
+                        "quantize.formats=[int8]", "interpolate.alphas=[1.0]",
                     ],
                 },
             ],
