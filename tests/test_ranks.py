@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORGET_ROWS, RETAIN_ROWS, merged, write_lines
+from conftest import FORGET_ROWS, merged, write_lines
 from rank_worker import do
 from safetensors.torch import load_file
 
@@ -64,7 +64,8 @@ def start(rank, world, port, arguments, **environment):
     """One rank, by hand, as torchrun would start it."""
     variables = {
         "RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, **environment,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
+        "FALCON_UNLEARN_JOIN_SECONDS": 100, **environment,  # machines that run tests are busy
     }  # fmt: skip
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
@@ -75,7 +76,7 @@ def start(rank, world, port, arguments, **environment):
     )
 
 
-def end(processes, seconds=120):
+def end(processes, seconds=240):
     """(exit code, stdout, stderr) of each; none is left behind."""
     until = time.monotonic() + seconds
     try:
@@ -120,10 +121,10 @@ def training_jobs(tiny_recipe, folder, world):
             training["micro_batch_size"] = batch // world
         base = {"selection": {"layers": "all"}, "evaluation": {"enabled": False}, "training": training}
         for name, changes in methods.items():
-            if world > 2 and name == "falcon_layer":  # a sum of four has no order of its own
-                changes = merged(changes, {"training": {"gradients": {"combination": "sum"}}})
-            jobs[name] = tiny_recipe(merged(base, changes), folder / name)
-    return jobs
+            jobs[name] = merged(base, changes)
+    if world > 2:  # a sum of four has no order of its own
+        jobs["falcon_layer"]["training"]["gradients"] = {"combination": "sum"}
+    return {name: tiny_recipe(changes, folder / name) for name, changes in jobs.items()}
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -153,6 +154,7 @@ def test_selection_scores_and_attacks_of_several_ranks_are_those_of_one(tiny, ti
     )
 
     def jobs(folder):
+        streaming = {"selection": {"streaming": "always", "selector": "mutual_information"}}
         selection = {
             "selection": {"layers": "auto", "show_mutual_information": True, "sweep": {"steps": 2}},
             "evaluation": {"batch_size": 4},
@@ -161,12 +163,15 @@ def test_selection_scores_and_attacks_of_several_ranks_are_those_of_one(tiny, ti
             ["layers", tiny_recipe(selection, folder / "layers")],
             [
                 "layers",
-                tiny_recipe(merged(selection, {"selection": {"streaming": "always", "selector": "mutual_information"}}), folder / "mi"),
+                tiny_recipe(merged(selection, streaming), folder / "mi"),
             ],
             [
                 "run",  # a step so small that nothing changes: scores before and after are comparable to the bit
                 tiny_recipe(
-                    {"training": {"steps": 1, "optimizer": {"name": "sgd", "lr": 1e-30}}, "evaluation": {"batch_size": 4}},
+                    {
+                        "training": {"steps": 1, "optimizer": {"name": "sgd", "lr": 1e-30}},
+                        "evaluation": {"batch_size": 4},
+                    },
                     folder / "run",
                 ),
             ],
@@ -183,8 +188,9 @@ def test_selection_scores_and_attacks_of_several_ranks_are_those_of_one(tiny, ti
                     "model": str(tiny.model), "attacks": ["quantize", "interpolate", "relearn"],
                     "original": str(tiny.model), "output": str(folder / "attack"),
                     "overrides": [
-                        f"forget={tiny.forget}", f"retain={tiny.retain}", "device=cpu", "max_new_tokens=8", "relearn.known=3",
-                        "relearn.epochs=1", "relearn.points=1", "quantize.formats=[int8]", "interpolate.alphas=[1.0]",
+                        f"forget={tiny.forget}", f"retain={tiny.retain}", "device=cpu", "max_new_tokens=8",
+                        "relearn.known=3", "relearn.epochs=1", "relearn.points=1",
+                        "quantize.formats=[int8]", "interpolate.alphas=[1.0]",
                     ],
                 },
             ],
@@ -354,4 +360,3 @@ def test_one_process_is_the_identity():
     assert alone.sum(values) is values
     assert alone.any(True) is True
     alone.agree("corpus", "x")
-    assert len(RETAIN_ROWS) > 0

@@ -298,7 +298,11 @@ _SHARED = ("run", "layers", "evaluate", "attack")
 
 
 def _refuse_ranks(command: str) -> None:
-    if command not in _SHARED and launch_from(os.environ) is not None:
+    if launch_from(os.environ) is None:
+        return
+    # torch reads it when it is imported; else a rank that is gone is a page of C++ frames on all others.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if command not in _SHARED:
         raise UserError(f"{command} is for one process: torchrun can start {', '.join(_SHARED)}")
 
 
