@@ -108,7 +108,10 @@ def alike(one, many, name):
     steps = [read_jsonl(folder / name / "training.jsonl") for folder in (one, many)]
     assert len(steps[0]) == len(steps[1]) > 1
     for ours, theirs in zip(*steps, strict=True):
-        for key in ("forget_loss", "retain_loss", "forget_grad_norm", "retain_grad_norm", "conflicts"):
+        keys = ["forget_loss", "retain_loss", "forget_grad_norm", "retain_grad_norm"]
+        if ours["retain_grad_norm"] > 1e-6:  # of rounding, signs are rounding
+            keys.append("conflicts")
+        for key in keys:
             assert theirs[key] == pytest.approx(ours[key], rel=1e-6, abs=1e-6), (name, ours["step"], key)
 
 
