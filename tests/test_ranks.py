@@ -300,12 +300,12 @@ def test_torchrun_starts_a_run(recipe_file, tmp_path):
         str(free_port()),
     ]
     done = subprocess.run(
-        [*command, *COMMAND, str(recipe_file({"training": {"steps": 3}})), "--json"],
+        [*command, *COMMAND, str(recipe_file({"training": {"steps": 3}}))],
         capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["output"] == str(tmp_path / "run")  # printed once, by rank 0
+    assert done.stdout.count("report.html") == 1  # printed once, by rank 0
     assert done.stderr.count("training: ") == 1
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["ranks"] == 2
 
