@@ -150,6 +150,7 @@ def plain_of(path):
     return re.sub(r'"seconds": ?[0-9.e-]+', "", text)
 
 
+@pytest.mark.slow
 def test_selection_scores_and_attacks_of_several_ranks_are_those_of_one(tiny, tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(suite_scores, "_UNITS_PER_CHUNK", 2)
     holdout = write_lines(
@@ -248,6 +249,7 @@ def test_a_missing_rank_is_named(recipe_file):
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_without_rank_0_the_others_say_where_they_looked(recipe_file):
     lonely = start(1, 2, free_port(), [*COMMAND, recipe_file()], FALCON_UNLEARN_JOIN_SECONDS=2)
     one_line(end([lonely]), r"rank 1 of 2 did not find rank 0 at 127\.0\.0\.1")
@@ -260,12 +262,14 @@ def test_ranks_with_different_recipes_are_refused(recipe_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_ranks_with_different_world_sizes_are_refused(recipe_file):
     port, path = free_port(), recipe_file()
     ranks = [start(rank, 2 + rank, port, [*COMMAND, path], FALCON_UNLEARN_JOIN_SECONDS=20) for rank in range(2)]
     one_line(end(ranks), r"another WORLD_SIZE")
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_recipe_is_said_once(recipe_file):
     port, path = free_port(), recipe_file({"selection": {"layers": [77]}})
     ranks = [start(rank, 2, port, [*COMMAND, path]) for rank in range(2)]
