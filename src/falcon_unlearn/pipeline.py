@@ -168,7 +168,7 @@ class _Inputs:
         self.seconds[stage] = round(time.perf_counter() - began, 3)
 
 
-def _read_inputs(recipe: Recipe, console: Console, ranks: Ranks) -> _Inputs:
+def _read_inputs(recipe: Recipe, console: Console) -> _Inputs:
     base_dir = Path.cwd()
     corpus = load_corpus(recipe.corpus, base_dir)
     source = resolve_model(
@@ -216,7 +216,6 @@ def _read_inputs(recipe: Recipe, console: Console, ranks: Ranks) -> _Inputs:
         oracle,
         on_disk,
         console,
-        ranks,
     )
 
 
@@ -224,7 +223,8 @@ def _begin(
     recipe: Recipe, console: Console, ranks: Ranks, *, resume: bool, overwrite: bool, allowed: Sequence[str] = ()
 ) -> tuple[_Inputs, RunFolder, bool]:
     """Read everything and open the folder; tell whether the run in it is finished."""
-    inputs = ranks.after_first(lambda: _read_inputs(recipe, console, ranks))
+    inputs = ranks.after_first(lambda: _read_inputs(recipe, console))
+    inputs.ranks = ranks
     ranks.agree("corpus", json.dumps(dict(inputs.corpus.hashes), sort_keys=True))
 
     def start() -> tuple[RunFolder, bool]:
