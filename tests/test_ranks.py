@@ -108,7 +108,10 @@ def alike(one, many, name):
     steps = [read_jsonl(folder / name / "training.jsonl") for folder in (one, many)]
     assert len(steps[0]) == len(steps[1]) > 1
     for ours, theirs in zip(*steps, strict=True):
-        for key in ("forget_loss", "retain_loss", "forget_grad_norm", "retain_grad_norm", "conflicts"):
+        keys = ["forget_loss", "retain_loss", "forget_grad_norm", "retain_grad_norm"]
+        if ours["retain_grad_norm"] > 1e-6:  # of rounding, signs are rounding
+            keys.append("conflicts")
+        for key in keys:
             assert theirs[key] == pytest.approx(ours[key], rel=1e-6, abs=1e-6), (name, ours["step"], key)
 
 
@@ -147,6 +150,7 @@ def plain_of(path):
     return re.sub(r'"seconds": ?[0-9.e-]+', "", text)
 
 
+@pytest.mark.slow
 def test_selection_scores_and_attacks_of_several_ranks_are_those_of_one(tiny, tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(suite_scores, "_UNITS_PER_CHUNK", 2)
     holdout = write_lines(
@@ -245,6 +249,7 @@ def test_a_missing_rank_is_named(recipe_file):
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_without_rank_0_the_others_say_where_they_looked(recipe_file):
     lonely = start(1, 2, free_port(), [*COMMAND, recipe_file()], FALCON_UNLEARN_JOIN_SECONDS=2)
     one_line(end([lonely]), r"rank 1 of 2 did not find rank 0 at 127\.0\.0\.1")
@@ -257,12 +262,14 @@ def test_ranks_with_different_recipes_are_refused(recipe_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_ranks_with_different_world_sizes_are_refused(recipe_file):
     port, path = free_port(), recipe_file()
     ranks = [start(rank, 2 + rank, port, [*COMMAND, path], FALCON_UNLEARN_JOIN_SECONDS=20) for rank in range(2)]
     one_line(end(ranks), r"another WORLD_SIZE")
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_recipe_is_said_once(recipe_file):
     port, path = free_port(), recipe_file({"selection": {"layers": [77]}})
     ranks = [start(rank, 2, port, [*COMMAND, path]) for rank in range(2)]
@@ -297,12 +304,12 @@ def test_torchrun_starts_a_run(recipe_file, tmp_path):
         str(free_port()),
     ]
     done = subprocess.run(
-        [*command, *COMMAND, str(recipe_file({"training": {"steps": 3}})), "--json"],
+        [*command, *COMMAND, str(recipe_file({"training": {"steps": 3}}))],
         capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["output"] == str(tmp_path / "run")  # printed once, by rank 0
+    assert done.stdout.count("report.html") == 1  # printed once, by rank 0
     assert done.stderr.count("training: ") == 1
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["ranks"] == 2
 

@@ -172,7 +172,7 @@ class _Inputs:
         self.seconds[stage] = round(time.perf_counter() - began, 3)
 
 
-def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking, ranks: Ranks) -> _Inputs:
+def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking) -> _Inputs:
     base_dir = Path.cwd()
     earlier = earlier_requests(recipe.after)
     corpus, lines = without_forgotten(load_corpus(recipe.corpus, base_dir), earlier)
@@ -229,7 +229,6 @@ def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking, ranks: Ra
         on_disk,
         console,
         trackers,
-        ranks,
     )
 
 
@@ -244,7 +243,8 @@ def _begin(
     allowed: Sequence[str] = (),
 ) -> tuple[_Inputs, RunFolder, bool]:
     """Read everything and open the folder; tell whether the run in it is finished."""
-    inputs = ranks.after_first(lambda: _read_inputs(recipe, console, trackers, ranks))
+    inputs = ranks.after_first(lambda: _read_inputs(recipe, console, trackers))
+    inputs.ranks = ranks
     ranks.agree("corpus", json.dumps(dict(inputs.corpus.hashes), sort_keys=True))
 
     def start() -> tuple[RunFolder, bool]:

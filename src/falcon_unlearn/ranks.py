@@ -290,6 +290,7 @@ def started_together(settings: Mapping[str, Any], device: str) -> Iterator[Ranks
                 raise OtherRankError from None
             raise UserError(found or "stopped by a signal (SIGTERM); go on with --resume") from error
         except BaseException:
+            watch.tells()
             watch.end(_FAILED)
             raise
         else:
@@ -321,7 +322,11 @@ def _terminated_is_an_error() -> Iterator[None]:
 def _take_device(launch: Launch, device: str) -> None:
     import torch
 
-    if device == "cpu" or not torch.cuda.is_available():
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        if torch.backends.mps.is_available():
+            raise UserError("several ranks need CUDA, or the CPU with device: cpu")
         return
     if device not in {"auto", "cuda"}:
         raise UserError(f"device: {device} is one device for {launch.world} ranks: say cuda, and each takes its own")
