@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -23,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from falcon_unlearn import embedded
@@ -38,7 +41,7 @@ from falcon_unlearn.model.decoder import replaced
 from falcon_unlearn.model.loading import ModelSource, load_causal_lm, load_config, load_tokenizer, resolve_model
 from falcon_unlearn.recipe import Recipe, apply_overrides, recipe_from
 from falcon_unlearn.selection.gradients import gradient_relations
-from falcon_unlearn.selection.mutual_information import published_mutual_information
+from falcon_unlearn.selection.mutual_information import published_mutual_information, rank_correlation
 from falcon_unlearn.selection.separation import linear_cka, mmd_squared, probe
 from falcon_unlearn.stages import (
     CachePlan,
@@ -66,6 +69,13 @@ SWEEPS: dict[str, tuple[str, ...]] = {
 QUIET = Console(quiet=True)
 REPEAT = 1000
 """Repeat r of a run has the recipe's seed plus r times this: other batches, another offset vector."""
+
+
+WITHIN = 0.01
+"""A choice is a hit if its layer's S is at most this share below the best layer's."""
+
+HOPELESS = 0.1
+"""A layer whose first run ends so far below the best one's is not run again."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,9 @@ def model_folder(setting: Setting, out: Path) -> Path:
     """The setting's model, trained where there is none yet."""
     if setting.is_demo:
         with tempfile.TemporaryDirectory() as warm:
-            embedded.write_models(setting.seed, Path(warm), retrain=False, say=lambda line: print(line, file=sys.stderr))
+            embedded.write_models(
+                setting.seed, Path(warm), retrain=False, say=lambda line: print(line, file=sys.stderr)
+            )
         cached = embedded.cache_folder() / f"seed-{setting.seed}" / "model"
         if setting.seed != embedded.SHIPPED_SEED and cached.is_dir():
             return cached
@@ -170,7 +182,7 @@ def truth(setting: Setting, layer: int, repeat: int, out: Path) -> dict[str, Any
     model = load_causal_lm(opened.source)
     selection = given_layers(opened.recipe, setting.layers)
     assert selection is not None
-    watch = Watch(lambda *_: None, lambda _: None, lambda _: None, lambda _: None)  # type: ignore[arg-type, return-value]
+    watch = Watch(lambda *_: None, lambda _: None, lambda _: None, lambda _: None)  # type: ignore[arg-type]
     with timed(row, "train_seconds"), tempfile.TemporaryDirectory() as folder:
         cache = CachePlan(Path(folder) / "activations", resume=False, say=lambda _: None)
         trained = unlearn_layers(opened.recipe, model, opened.encoded, selection, cache=cache, watch=watch)
@@ -245,13 +257,13 @@ def without_training(setting: Setting, out: Path) -> Iterator[dict[str, Any]]:
     yield by_activations("CKA with stand-ins", lambda n: -linear_cka(forget[n], strangers[n]), saved)
 
     few = sampled(opened, GRADIENT_RECORDS)
-    sides = [
+    forget_batches, retain_batches = (
         [collate([side[i] for i in at], opened.encoded.pad_id) for at in length_sorted_batches(side, 32)]
         for side in (few.forget, few.retain)
-    ]
+    )
     own: dict[str, Any] = {}
     with timed(own, "seconds"):
-        relations = gradient_relations(model, *sides, layers)
+        relations = gradient_relations(model, forget_batches, retain_batches, layers)
     yield row("gradient conflict", [-r.cosine for r in relations], own["seconds"])
     yield row("gradient selectivity", [r.selectivity for r in relations], own["seconds"])
     yield row("last layer", list(layers), 0.0)
@@ -311,6 +323,17 @@ def keep(path: Path, row: dict[str, Any]) -> None:
     print(row, file=sys.stderr, flush=True)
 
 
+def outcomes(out: Path) -> dict[str, dict[int, list[float]]]:
+    """S of every run so far, by setting and layer, the first repeat first."""
+    rows = read(out / "truth.jsonl")
+    original = {row["setting"]: row["utility"] for row in rows if row["layer"] < 0}
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in sorted((row for row in rows if row["layer"] >= 0), key=lambda row: row["repeat"]):
+        kept = row["utility"] / original[row["setting"]]
+        found.setdefault(row["setting"], {}).setdefault(row["layer"], []).append(kept - row["left"])
+    return found
+
+
 def run_truth(out: Path, repeats: int, names: list[str]) -> None:
     """Run what is missing."""
     path = out / "truth.jsonl"
@@ -322,9 +345,110 @@ def run_truth(out: Path, repeats: int, names: list[str]) -> None:
             if (setting.name, -1, 0) not in done:
                 keep(path, before(setting, out))
                 done.add((setting.name, -1, 0))
+            first = {layer: rows[0] for layer, rows in outcomes(out).get(setting.name, {}).items()}
             for layer in range(setting.layers):
-                if (setting.name, layer, repeat) not in done:
+                hopeless = repeat > 0 and first[layer] < max(first.values()) - HOPELESS
+                if (setting.name, layer, repeat) not in done and not hopeless:
                     keep(path, truth(setting, layer, repeat, out))
+
+
+ONE_RUN = "one whole run a layer"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A selector on one setting: how far below the best layer's S its choice is, as a share; and the rest."""
+
+    regret: float
+    correlation: float
+    of_training: float
+    of_run: float
+
+
+def judged(found: dict[int, list[float]], scores: dict[int, float], seconds: float, costs: dict[str, float]) -> Judged:
+    """Judge by the mean S of each layer's runs; layers without a score count as not chosen."""
+    means = {layer: statistics.mean(values) for layer, values in found.items()}
+    chosen = min(scores, key=lambda layer: (-scores[layer], layer))
+    correlation = rank_correlation([scores[n] for n in scores], [means[n] for n in scores])
+    return Judged(
+        1 - means[chosen] / max(means.values()),
+        math.nan if correlation is None else correlation,
+        seconds / costs["train"],
+        seconds / (costs["train"] + 2 * costs["score"]),
+    )
+
+
+def costs_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean seconds of training and of scoring once, by setting."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["layer"] >= 0:
+            seconds = found.setdefault(row["setting"], {"train": [], "score": []})
+            for part, values in seconds.items():
+                values.append(row[f"{part}_seconds"])
+    return {setting: {part: statistics.mean(v) for part, v in seconds.items()} for setting, seconds in found.items()}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over settings."""
+    known = np.array([value for value in values if not math.isnan(value)])
+    if not len(known):
+        return math.nan, math.nan
+    draws = np.random.default_rng(0).choice(known, (10_000, len(known))).mean(axis=1)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def table(out: Path, *, chosen_on: bool) -> None:
+    """Print, for the judged settings or for those that a selector was chosen on."""
+    truths, costs = outcomes(out), costs_of(read(out / "truth.jsonl"))
+    names = [s.name for s in SETTINGS if s.judged is not chosen_on and s.name in truths]
+    found: dict[str, list[Judged]] = {}
+    for row in read(out / "scores.jsonl"):
+        if row["setting"] in names:
+            scores = dict(enumerate(row["scores"]))
+            found.setdefault(row["selector"], []).append(
+                judged(truths[row["setting"]], scores, row["seconds"], costs[row["setting"]])
+            )
+    for name in names:
+        runs = truths[name]
+        again = {layer: values[1:] for layer, values in runs.items() if len(values) > 1}
+        if again:
+            first = {layer: runs[layer][0] for layer in again}
+            every = len(runs) * (costs[name]["train"] + costs[name]["score"])
+            found.setdefault(ONE_RUN, []).append(judged(again, first, every, costs[name]))
+    print(f"{'':26}{'regret':>9}{'within 1 %':>12}{'rank correlation':>24}{'of training':>13}{'of run':>9}")
+    for selector, rows in found.items():
+        low, high = interval([row.correlation for row in rows])
+        known = [row.correlation for row in rows if not math.isnan(row.correlation)]
+        mean = statistics.mean(known) if known else math.nan
+        hits = sum(row.regret <= WITHIN for row in rows)
+        print(
+            f"{selector:26}{statistics.mean(row.regret for row in rows):>9.3f}{f'{hits} of {len(rows)}':>12}"
+            f"{f'{mean:+.2f} [{low:+.2f}, {high:+.2f}]':>24}{statistics.mean(row.of_training for row in rows):>13.0%}"
+            f"{statistics.mean(row.of_run for row in rows):>9.0%}"
+        )
+
+
+def table_of_layers(out: Path) -> None:
+    """Print the mean S of every layer of every setting, and how much S differs between runs of one layer."""
+    truths = outcomes(out)
+    variances = []
+    for setting in SETTINGS:
+        runs = truths.get(setting.name, {})
+        best = max((statistics.mean(values) for values in runs.values()), default=math.nan)
+        cells = []
+        for _, values in sorted(runs.items()):
+            mean = statistics.mean(values)
+            cells.append(f"{mean:.3f}{'*' if mean >= (1 - WITHIN) * best else ' '}")
+            if len(values) > 1 and mean >= best - HOPELESS:
+                variances.append((statistics.variance(values), len(values) - 1))
+        repeats = max((len(values) for values in runs.values()), default=0)
+        print(f"{setting.name:16}{'' if setting.judged else 'chosen on':>10}{repeats:>3} " + " ".join(cells))
+    if variances:
+        freedom = sum(n for _, n in variances)
+        sd = math.sqrt(sum(v * n for v, n in variances) / freedom)
+        print(f"(*: within 1 % of the best) standard deviation of S between runs of one layer: {sd:.4f} ({freedom} df)")
 
 
 def main() -> None:
@@ -344,6 +468,11 @@ def main() -> None:
         run_truth(arguments.out, arguments.repeats, arguments.settings)
     elif arguments.part == "scores":
         run_scores(arguments.out, arguments.settings)
+    else:
+        table_of_layers(arguments.out)
+        for chosen_on in (True, False):
+            print("\nsettings a selector was chosen on" if chosen_on else "\njudged settings")
+            table(arguments.out, chosen_on=chosen_on)
 
 
 if __name__ == "__main__":

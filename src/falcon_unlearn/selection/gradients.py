@@ -48,7 +48,9 @@ class GradientRelation:
 def related(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> GradientRelation:
     """The relation of two gradients, given tensor by tensor."""
     dot = math.fsum(float((f.double() * r.double()).sum()) for f, r in zip(forget, retain, strict=True))
-    forget_norm, retain_norm = (math.sqrt(math.fsum(float(t.double().square().sum()) for t in g)) for g in (forget, retain))
+    forget_norm, retain_norm = (
+        math.sqrt(math.fsum(float(t.double().square().sum()) for t in g)) for g in (forget, retain)
+    )
     both = forget_norm * retain_norm
     return GradientRelation(dot / both if both > 0 else math.nan, forget_norm, retain_norm)
 
@@ -69,17 +71,16 @@ def _trainable(parameters: Sequence[Tensor], model: PreTrainedModel) -> Iterator
 
 def _mean_nll_gradients(
     model: PreTrainedModel, batches: Sequence[Batch], parameters: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     """Gradients of the mean of -log p over all answer tokens of ``batches``."""
     count = sum(int(batch.answer_mask[:, 1:].sum()) for batch in batches)
-    total: list[Tensor] = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     for batch in batches:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         counted = batch.answer_mask[:, 1:]
         loss = F.cross_entropy(logits[:, :-1][counted].float(), batch.input_ids[:, 1:][counted], reduction="sum")
-        for part, gradient in zip(total, torch.autograd.grad(loss / max(count, 1), parameters), strict=True):
-            part += gradient
-    return tuple(total)
+        torch._foreach_add_(total, list(torch.autograd.grad(loss / max(count, 1), parameters)))
+    return total
 
 
 def gradient_relations(
