@@ -69,9 +69,7 @@ def _trainable(parameters: Sequence[Tensor], model: PreTrainedModel) -> Iterator
             parameter.requires_grad_(value)
 
 
-def _mean_nll_gradients(
-    model: PreTrainedModel, batches: Sequence[Batch], parameters: Sequence[Tensor]
-) -> list[Tensor]:
+def _mean_nll_gradients(model: PreTrainedModel, batches: Sequence[Batch], parameters: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the mean of -log p over all answer tokens of ``batches``."""
     count = sum(int(batch.answer_mask[:, 1:].sum()) for batch in batches)
     total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
