@@ -64,6 +64,12 @@ GRADIENT_RECORDS = 32
 
 SWEEPS: dict[str, tuple[str, ...]] = {
     "sweep (40 steps of 32)": (),
+    "sweep (10 steps of 8)": (
+        "selection.sweep.steps=10",
+        "selection.sweep.max_validation=32",
+        "training.batch_size=8",
+        "training.optimizer.lr_at_width_128=0.02",
+    ),
 }
 
 QUIET = Console(quiet=True)
@@ -175,9 +181,9 @@ def timed(row: dict[str, Any], key: str) -> Iterator[None]:
     row[key] = time.process_time() - began
 
 
-def truth(setting: Setting, layer: int, repeat: int, out: Path) -> dict[str, Any]:
+def truth(setting: Setting, layer: int, repeat: int, out: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """One whole run at one layer."""
-    opened = open_setting(setting, out, f"selection.layers=[{layer}]", repeat=repeat)
+    opened = open_setting(setting, out, f"selection.layers=[{layer}]", *overrides, repeat=repeat)
     row: dict[str, Any] = {"setting": setting.name, "layer": layer, "repeat": repeat}
     model = load_causal_lm(opened.source)
     selection = given_layers(opened.recipe, setting.layers)
@@ -334,7 +340,7 @@ def outcomes(out: Path) -> dict[str, dict[int, list[float]]]:
     return found
 
 
-def run_truth(out: Path, repeats: int, names: list[str]) -> None:
+def run_truth(out: Path, repeats: int, names: list[str], overrides: Sequence[str]) -> None:
     """Run what is missing."""
     path = out / "truth.jsonl"
     done = {(row["setting"], row["layer"], row["repeat"]) for row in read(path)}
@@ -349,7 +355,7 @@ def run_truth(out: Path, repeats: int, names: list[str]) -> None:
             for layer in range(setting.layers):
                 hopeless = repeat > 0 and first[layer] < max(first.values()) - HOPELESS
                 if (setting.name, layer, repeat) not in done and not hopeless:
-                    keep(path, truth(setting, layer, repeat, out))
+                    keep(path, truth(setting, layer, repeat, out, overrides))
 
 
 ONE_RUN = "one whole run a layer"
@@ -458,6 +464,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/selectors"))
     parser.add_argument("--settings", nargs="*", default=[], help="only these, such as 8x96/seed-8")
     parser.add_argument("--repeats", type=int, default=1, help="truth: runs at every layer")
+    parser.add_argument("--override", nargs="*", default=[], help="truth: other training; wants an --out of its own")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -465,7 +472,7 @@ def main() -> None:
         for setting in SETTINGS:
             model_folder(setting, arguments.out)
     elif arguments.part == "truth":
-        run_truth(arguments.out, arguments.repeats, arguments.settings)
+        run_truth(arguments.out, arguments.repeats, arguments.settings, arguments.override)
     elif arguments.part == "scores":
         run_scores(arguments.out, arguments.settings)
     else:

@@ -280,7 +280,6 @@ def test_a_selector_without_training_chooses_by_its_scores(recipe_for, selector)
     chosen = select_layers(recipe)
     scores = {score.layer: score.score for score in chosen.scores}
     assert list(scores) == [0, 1, 2]
-    assert len(set(scores.values())) == 3
     best = (min if selector in SMALLEST else max)(scores, key=scores.get)
     assert (chosen.selector, chosen.layers, chosen.target_layer) == (selector, (best,), best)
     assert chosen.mutual_information is None
