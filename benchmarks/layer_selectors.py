@@ -428,12 +428,17 @@ def table(out: Path, *, chosen_on: bool) -> None:
         low, high = interval([row.correlation for row in rows])
         known = [row.correlation for row in rows if not math.isnan(row.correlation)]
         mean = statistics.mean(known) if known else math.nan
-        hits = sum(row.regret <= WITHIN for row in rows)
+        within = sum(row.regret <= WITHIN for row in rows)
         print(
-            f"{selector:26}{statistics.mean(row.regret for row in rows):>9.3f}{f'{hits} of {len(rows)}':>12}"
+            f"{selector:26}{statistics.mean(row.regret for row in rows):>9.3f}{f'{within} of {len(rows)}':>12}"
             f"{f'{mean:+.2f} [{low:+.2f}, {high:+.2f}]':>24}{statistics.mean(row.of_training for row in rows):>13.0%}"
             f"{statistics.mean(row.of_run for row in rows):>9.0%}"
         )
+    means = [[statistics.mean(values) for _, values in sorted(truths[name].items())] for name in names]
+    regrets = [[1 - mean / max(of_setting) for mean in of_setting[1:]] for of_setting in means]
+    hits = sum(statistics.mean(regret <= WITHIN for regret in row) for row in regrets)
+    regret = statistics.mean(statistics.mean(row) for row in regrets)
+    print(f"{'any but the first layer':26}{regret:>9.3f}{f'{hits:.1f} of {len(names)}':>12}  (what chance would get)")
 
 
 def table_of_layers(out: Path) -> None:
