@@ -478,7 +478,7 @@ def _methods(arguments: argparse.Namespace) -> int:
         "methods": {name: f"{entry.summary} (presets: {', '.join(PRESETS[name])})" for name, entry in METHODS.items()},
         "attacks": ATTACKS,
         "suites": SUITES,
-        "selectors": dict(CRITERIA),
+        "selectors": CRITERIA,
     }
     for title, entries in sections.items():
         print(title)

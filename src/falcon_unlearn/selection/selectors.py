@@ -14,7 +14,7 @@ Selector = Literal[
 ]
 """Ways to choose the target layer."""
 
-CRITERIA: Mapping[Selector, str] = {
+CRITERIA: Mapping[str, str] = {
     "sweep": "kept retain minus left forget probability on validation records, after a short trial (1 is best)",
     "mutual_information": "least mutual information of forget and retain activations, in nats (published estimator)",
     "middle": "half-way up, whatever the data",
@@ -25,16 +25,16 @@ CRITERIA: Mapping[Selector, str] = {
 }
 """What each selector goes by, for people."""
 
-WHOLE_MODEL_SELECTORS: frozenset[Selector] = frozenset({"sweep", "gradient_conflict"})
+WHOLE_MODEL_SELECTORS: frozenset[str] = frozenset({"sweep", "gradient_conflict"})
 """They run the whole model, head included; others take mean activations, or nothing."""
 
-SMALLEST: frozenset[Selector] = frozenset({"mutual_information", "probe_error", "gradient_conflict"})
+SMALLEST: frozenset[str] = frozenset({"mutual_information", "probe_error", "gradient_conflict"})
 """They choose the layer with the smallest score."""
 
 Separation = Callable[[Tensor, Tensor, Sequence[Hashable], int], float]
 """Forget and retain activations ``(n, hidden)`` of a layer, a key per record (phrasings share one), seed -> score."""
 
-SEPARATIONS: Mapping[Selector, Separation] = {
+SEPARATIONS: Mapping[str, Separation] = {
     "domain_information": lambda forget, retain, groups, seed: probe(forget, retain, groups, seed=seed).information,
     "probe_error": lambda forget, retain, groups, seed: probe(forget, retain, groups, seed=seed).error,
     "mmd": lambda forget, retain, _groups, _seed: mmd_squared(forget, retain),
