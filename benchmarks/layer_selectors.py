@@ -444,7 +444,7 @@ def table(out: Path, *, chosen_on: bool) -> None:
 def table_of_layers(out: Path) -> None:
     """Print the mean S of every layer of every setting, and how much S differs between runs of one layer."""
     truths = outcomes(out)
-    variances = []
+    variances, between = [], []
     for setting in SETTINGS:
         runs = truths.get(setting.name, {})
         best = max((statistics.mean(values) for values in runs.values()), default=math.nan)
@@ -454,12 +454,17 @@ def table_of_layers(out: Path) -> None:
             cells.append(f"{mean:.3f}{'*' if mean >= (1 - WITHIN) * best else ' '}")
             if len(values) > 1 and mean >= best - HOPELESS:
                 variances.append((statistics.variance(values), len(values) - 1))
+        above = [statistics.mean(values) for layer, values in runs.items() if layer > 0]
+        if len(above) > 1:
+            between.append((statistics.variance(above), len(above) - 1))
         repeats = max((len(values) for values in runs.values()), default=0)
         print(f"{setting.name:16}{'' if setting.judged else 'chosen on':>10}{repeats:>3} " + " ".join(cells))
-    if variances:
-        freedom = sum(n for _, n in variances)
-        sd = math.sqrt(sum(v * n for v, n in variances) / freedom)
-        print(f"(*: within 1 % of the best) standard deviation of S between runs of one layer: {sd:.4f} ({freedom} df)")
+    print("(*: within 1 % of the best)")
+    for what, found in (("runs of one layer", variances), ("layers' means, the first left out", between)):
+        freedom = sum(n for _, n in found)
+        if freedom:
+            sd = math.sqrt(sum(v * n for v, n in found) / freedom)
+            print(f"standard deviation of S within a setting between {what}: {sd:.4f} ({freedom} df)")
 
 
 def main() -> None:
