@@ -1,6 +1,6 @@
 """Which selector finds the layer for FALCON in one layer (`preset: layer`)? Every layer is run, so the best is known.
 
-    python benchmarks/layer_selectors.py truth            # one run at every layer of every setting, about an hour
+    python benchmarks/layer_selectors.py truth            # one run at every layer of every setting; 20 minutes of CPU
     python benchmarks/layer_selectors.py scores           # every selector on every setting
     python benchmarks/layer_selectors.py table            # from what the two left in --out
 
