@@ -188,12 +188,24 @@ def test_sweep_flops_are_the_counted_ones(recipe_for, tmp_path):
     assert sweep.flops == pytest.approx(real, rel=0.05)
 
 
-def test_extraction_flops_are_those_of_the_passes(recipe_for, tmp_path):
-    recipe = recipe_from(recipe_for({"selection": {"layers": "auto", "selector": "mutual_information"}}))
+@pytest.mark.parametrize("selector", ["mutual_information", "mmd"])
+def test_extraction_flops_are_those_of_the_passes(recipe_for, tmp_path, selector):
+    by_information = selector == "mutual_information"
+    settings = {"layers": "auto", "selector": selector, "show_mutual_information": by_information}
+    recipe = recipe_from(recipe_for({"selection": settings}))
     model, _, _, encoded = loaded(recipe, tmp_path)
     real = counted(lambda: select(recipe, model, encoded))
     (extraction,) = estimate_layers(recipe).stages
     assert 0 < extraction.flops <= real
+
+
+def test_the_middle_is_predicted_itself(recipe_for):
+    settings = {"layers": "auto", "selector": "middle", "show_mutual_information": False}
+    by_rule, named = (
+        estimate_run(recipe_from(recipe_for({"selection": selection}))) for selection in (settings, {"layers": [1]})
+    )
+    assert stage(by_rule, "training") == stage(named, "training")
+    assert by_rule.assumptions == named.assumptions
 
 
 def test_bytes_on_disk_are_those_of_the_files(recipe_for):

@@ -28,6 +28,7 @@ from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.scoring import score_set
 from falcon_unlearn.methods import METHODS
 from falcon_unlearn.model.shards import tensor_spans
+from falcon_unlearn.selection.selectors import SMALLEST
 
 RUN_FILES = {
     "recipe.yaml",
@@ -272,6 +273,24 @@ def test_the_published_presets_choose_by_mutual_information(recipe_for, preset):
     assert curve.layers == (0, 1, 2)
     assert run.selection.target_layer == curve.argmin
     assert len(run.selection.layers) == min(3, curve.argmin + 1)
+
+
+@pytest.mark.parametrize("selector", ["domain_information", "probe_error", "mmd", "gradient_conflict"])
+def test_a_selector_without_training_chooses_by_its_scores(recipe_for, selector):
+    recipe = recipe_for({"selection": {"layers": "auto", "selector": selector, "show_mutual_information": False}})
+    chosen = select_layers(recipe)
+    scores = {score.layer: score.score for score in chosen.scores}
+    assert list(scores) == [0, 1, 2]
+    best = (min if selector in SMALLEST else max)(scores, key=scores.get)
+    assert (chosen.selector, chosen.layers, chosen.target_layer) == (selector, (best,), best)
+    assert chosen.mutual_information is None
+
+
+def test_the_middle_is_chosen_without_a_look(recipe_for):
+    chosen = select_layers(
+        recipe_for({"selection": {"layers": "auto", "selector": "middle", "show_mutual_information": False}})
+    )
+    assert (chosen.layers, chosen.scores) == ((1,), ())
 
 
 def test_an_estimate_that_is_impossible_stops_the_run_where_it_decides(recipe_for, tmp_path):
@@ -809,11 +828,12 @@ def test_the_cache_changes_nothing_but_rounding(recipe_for, tmp_path):
         torch.testing.assert_close(found[0][name], value, rtol=0.05, atol=5e-3)
 
 
-def test_streamed_selection_chooses_as_the_resident_one(recipe_for, tmp_path):
+@pytest.mark.parametrize("selector", ["mutual_information", "domain_information"])
+def test_streamed_selection_chooses_as_the_resident_one(recipe_for, tmp_path, selector):
     chosen = [
         select_layers(recipe_for({
             "output": str(tmp_path / name),
-            "selection": {"selector": "mutual_information", "streaming": streaming, "streaming_gb": 0},
+            "selection": {"selector": selector, "streaming": streaming, "streaming_gb": 0},
             "evaluation": {"enabled": False},
         }))
         for name, streaming in (("resident", "never"), ("streamed", "always"))

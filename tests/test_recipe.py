@@ -12,6 +12,7 @@ from falcon_unlearn.errors import UserError
 from falcon_unlearn.methods import METHODS
 from falcon_unlearn.presets import PRESETS, deep_merge
 from falcon_unlearn.recipe import Recipe, apply_overrides, dump_recipe, load_recipe, parse_override, recipe_from
+from falcon_unlearn.selection.selectors import CRITERIA
 
 SMALLEST = """\
 model: tiny-llama
@@ -234,6 +235,7 @@ MAPPING = "expected a mapping of keys"
 LAYERS = "expected at least one layer index, from 0, none twice"
 SPLIT = "unknown key (did you mean 'split'?)"
 DOMAINS = "expected a path or hub id, {source: ...}, or several domains {name: {source: ...}, ...}"
+SELECTORS = CHOICE + " " + ", ".join(map(repr, [*CRITERIA][:-1])) + f" or {[*CRITERIA][-1]!r}"
 PRESETS_OF_FALCON = "'default', 'layer', 'paper' or 'published_code'"
 
 
@@ -244,7 +246,7 @@ def test_all_mistakes_are_told_at_once_each_with_line_key_value_and_hint(write):
     )
     assert sorted(mistakes(path)) == sorted(
         [
-            f"{path}:5: selection.selector is 'swep': {CHOICE} 'sweep' or 'mutual_information' (did you mean 'sweep'?)",
+            f"{path}:5: selection.selector is 'swep': {SELECTORS} (did you mean 'sweep'?)",
             f"{path}:9: sead is 3: unknown key (did you mean 'seed'?)",
             f"{path}:11: training.step is 9: unknown key (did you mean 'steps'?)",
             f"{path}:12: training.batch_size is 0: input should be greater than or equal to 1",

@@ -207,7 +207,8 @@ def selection_table(selection: LayerSelection) -> str:
     curve = selection.mutual_information
     layers = [score.layer for score in selection.scores] or list(curve.layers if curve is not None else ())
     by_sweep = selection.selector == "sweep"
-    head = ["layer"] + (["score", "forget left", "retain kept"] if by_sweep else [])
+    plain = bool(selection.scores) and selection.selector not in ("sweep", "mutual_information")
+    head = ["layer"] + (["score", "forget left", "retain kept"] if by_sweep else ["score"] if plain else [])
     head += ["MI (nats)", "null: retain", "null: permuted"] if curve is not None else []
     rows = [head]
     for i, layer in enumerate(layers):
@@ -215,6 +216,8 @@ def selection_table(selection: LayerSelection) -> str:
         if by_sweep:
             score = selection.scores[i]
             row += [number(v) for v in (score.score, score.details["forget_left"], score.details["retain_kept"])]
+        if plain:
+            row.append(f"{selection.scores[i].score:.3g}")
         if curve is not None:
             row += [f"{v[i]:.2f}" for v in (curve.value, curve.null_retain, curve.null_permutation)]
         rows.append(row)
@@ -641,18 +644,18 @@ def _methods(arguments: argparse.Namespace) -> int:
     from falcon_unlearn.evaluation.suites import SUITES
     from falcon_unlearn.methods import METHODS
     from falcon_unlearn.presets import PRESETS
+    from falcon_unlearn.selection.selectors import CRITERIA
 
-    selectors = ["sweep", "mutual_information"]
     if arguments.json:
         _print_json(
-            {"methods": list(METHODS), "attacks": list(ATTACKS), "selectors": selectors, "suites": list(SUITES)}
+            {"methods": list(METHODS), "attacks": list(ATTACKS), "selectors": list(CRITERIA), "suites": list(SUITES)}
         )
         return 0
-    sections = {
+    sections: dict[str, Mapping[str, str]] = {
         "methods": {name: f"{entry.summary} (presets: {', '.join(PRESETS[name])})" for name, entry in METHODS.items()},
         "attacks": ATTACKS,
         "suites": SUITES,
-        "selectors": dict.fromkeys(selectors, ""),
+        "selectors": CRITERIA,
     }
     for title, entries in sections.items():
         print(title)

@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from falcon_unlearn.artifacts import replacing, write_jsonl
 from falcon_unlearn.corpus.fictional import Fact, World, build_world
 from falcon_unlearn.errors import UserError
+
+if TYPE_CHECKING:
+    from falcon_unlearn.engine.pretraining import LlamaShape
 
 SHIPPED_SEED = 0
 VOCABULARY = 1500
@@ -44,10 +47,11 @@ def write_corpora(world: World, folder: Path) -> None:
         write_jsonl(folder / f"{name}.jsonl", [fact.evaluation_row() for fact in facts])
 
 
-def train_part(seed: int, part: Part, folder: Path) -> None:
+def train_part(seed: int, part: Part, folder: Path, shape: LlamaShape | None = None) -> None:
     """Train the model, or the oracle that never sees the forget people, and save it in half precision.
 
-    One thread, so that both can be trained side by side and the result does not depend on the number of cores.
+    Of the demo's shape, where no other is given. One thread, so that both can be trained side by side and the result
+    does not depend on the number of cores.
     """
     import torch
 
@@ -63,7 +67,7 @@ def train_part(seed: int, part: Part, folder: Path) -> None:
     from falcon_unlearn.model.loading import quiet_transformers
 
     torch.set_num_threads(1)
-    world, shape = build_world(seed), LlamaShape()
+    world, shape = build_world(seed), shape or LlamaShape()
     everything = [record_from_row(row, "") for row in _training_rows((*world.forget, *world.retain, *world.countries))]
     texts = [PLAIN_TEMPLATE.format(question=record.prompt, answer=record.answer) for record in everything]
     tokenizer = train_tokenizer(texts, VOCABULARY, shape.context)

@@ -67,11 +67,13 @@ from falcon_unlearn.model.loading import (
 from falcon_unlearn.model.lora import ADAPTER_TENSORS, add_adapters
 from falcon_unlearn.objectives.representation import cosine_retention, info_nce, squared_distance
 from falcon_unlearn.recipe import Recipe
+from falcon_unlearn.selection.selectors import SEPARATIONS, WHOLE_MODEL_SELECTORS, middle
 from falcon_unlearn.selection.sweep import spaced_candidates
 from falcon_unlearn.stages import (
     EncodedCorpus,
     activation_samples,
     alternatives_of,
+    compared_records,
     encode_corpus,
     evaluation_sets,
     validation_parts,
@@ -228,6 +230,9 @@ def _read(recipe: Recipe) -> _Inputs:
     whole = _is_whole(recipe)
     if settings.layers == "all" or (settings.layers == "auto" and whole and settings.selector == "sweep"):
         layers = tuple(range(total))
+    elif settings.layers == "auto" and settings.selector == "middle":
+        target = middle(candidates, total)
+        layers = tuple(range(max(0, target - settings.span + 1), target + 1))
     elif settings.layers == "auto":
         # The first layers of a model end at the target; in a whole one gradients pass all that is above.
         which, target = ("lowest", min(candidates)) if whole else ("highest", max(candidates))
@@ -240,7 +245,9 @@ def _read(recipe: Recipe) -> _Inputs:
     highest = max((*layers, *candidates))
     if highest >= total:
         raise UserError(f"selection: layer {highest} is out of range, {recipe.model} has layers 0..{total - 1}")
-    if settings.streaming == "always" and settings.selector == "mutual_information":
+    if settings.layers == "auto" and settings.selector == "gradient_conflict":
+        assumptions.append("the selector's gradients, one pass over a sample of both sides, are not predicted")
+    if settings.streaming == "always" and settings.selector not in WHOLE_MODEL_SELECTORS:
         assumptions.append("extraction is predicted with the model in memory; streamed, it takes one layer at a time")
     return _Inputs(recipe, config, device, dtype, encoded, alternatives, sets, layers, candidates, tuple(assumptions))
 
@@ -795,7 +802,11 @@ def _selection(inputs: _Inputs, whole: PreTrainedModel) -> list[StageEstimate]:
         return []
     stages: list[StageEstimate] = []
     if settings.selector == "mutual_information" or settings.show_mutual_information:
-        stages.append(_extraction(inputs, whole))
+        sample = [record for part in activation_samples(recipe, inputs.encoded) for record in part]
+        stages.append(_extraction(inputs, whole, sample, "the estimate of mutual information itself"))
+    if settings.selector in SEPARATIONS:
+        forget, retain, _ = compared_records(recipe, inputs.encoded)
+        stages.append(_extraction(inputs, whole, [*forget, *retain], settings.selector))
     if settings.selector != "sweep" or _is_whole(recipe):
         return stages
     encoded, size = inputs.encoded, recipe.evaluation.batch_size
@@ -832,10 +843,9 @@ def _selection(inputs: _Inputs, whole: PreTrainedModel) -> list[StageEstimate]:
     return stages
 
 
-def _extraction(inputs: _Inputs, whole: PreTrainedModel) -> StageEstimate:
+def _extraction(inputs: _Inputs, whole: PreTrainedModel, sample: Sequence[Encoded], uncounted: str) -> StageEstimate:
     """One pass over a sample, up to the highest candidate; the estimator itself, in fp64 on the CPU, is not counted."""
     recipe = inputs.recipe
-    sample = [record for part in activation_samples(recipe, inputs.encoded) for record in part]
     rows, batches = len(sample), _batches(sample, recipe.evaluation.batch_size)
     largest = max(batches, key=lambda batch: len(batch) * _width(batch))
     shape = BatchShape(len(largest), _width(largest), 0, padded=False)  # a causal decoder needs no mask for means
@@ -852,7 +862,7 @@ def _extraction(inputs: _Inputs, whole: PreTrainedModel) -> StageEstimate:
         unused + extraction_peak(used, shape) + (means if inputs.device == "cpu" else 0),
         _forward_flops(batches, layers_flops(used)),
         0,
-        f"{rows} records once; the estimate of mutual information itself is not counted",
+        f"{rows} records once; {uncounted} is not counted",
     )
 
 

@@ -65,6 +65,7 @@ from falcon_unlearn.recipe import Recipe
 from falcon_unlearn.report.card import write_card
 from falcon_unlearn.report.html import write_report
 from falcon_unlearn.run_folder import CHECKPOINT, RunFolder, open_run_folder, start_run
+from falcon_unlearn.selection.selectors import WHOLE_MODEL_SELECTORS
 from falcon_unlearn.stages import (
     CachePlan,
     EncodedCorpus,
@@ -513,7 +514,7 @@ def _means(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedMod
     """The way to mean activations: streamed where the recipe says so or the model does not fit into free memory."""
     settings, batch_size = inputs.recipe.selection, inputs.recipe.evaluation.batch_size
     streaming = settings.streaming == "always"
-    if settings.streaming == "auto" and settings.selector != "sweep" and not resident:  # the sweep needs all of it
+    if settings.streaming == "auto" and settings.selector not in WHOLE_MODEL_SELECTORS and not resident:
         streaming = _size_in_memory(inputs) > _room(inputs.source.device)
     if not streaming:
         return resident_means(model(), inputs.encoded, batch_size)

@@ -21,6 +21,7 @@ from falcon_unlearn.methods import METHODS, FalconConfig, MethodConfig, entry_of
 from falcon_unlearn.model.loading import DTypeChoice
 from falcon_unlearn.presets import PRESETS, deep_merge
 from falcon_unlearn.selection.mutual_information import MutualInformationConfig
+from falcon_unlearn.selection.selectors import WHOLE_MODEL_SELECTORS, Selector
 from falcon_unlearn.selection.sweep import SweepConfig
 from falcon_unlearn.trackers import TrackersConfig
 
@@ -35,8 +36,13 @@ class SelectionConfig(Section):
 
     The largest is a representation method's target layer.
     """
-    selector: Literal["sweep", "mutual_information"] = "sweep"
-    """How auto chooses the target layer."""
+    selector: Selector = "sweep"
+    """How auto chooses the target layer.
+
+    sweep: short trials; mutual_information: the published estimate; middle: half-way up, whatever the data;
+    domain_information, probe_error, mmd: where forget and retain activations are furthest apart; gradient_conflict:
+    where the gradients of their likelihoods agree least.
+    """
     span: int = Field(1, ge=1)
     """auto: train the target layer and the span - 1 layers below it."""
     candidates: tuple[int, ...] | None = None
@@ -49,6 +55,8 @@ class SelectionConfig(Section):
     """streaming: memory for hidden states, beyond which they lie on disk; empty: a quarter of the free memory."""
     show_mutual_information: bool = True
     """Estimate mutual information and its nulls too when the sweep chooses."""
+    sample: int = Field(96, ge=4)
+    """At most so many records of each side for domain_information, probe_error, mmd and gradient_conflict."""
     sweep: SweepConfig = SweepConfig()
     """Trial runs of the sweep selector."""
     mutual_information: MutualInformationConfig = MutualInformationConfig()
@@ -164,10 +172,11 @@ class Recipe(Section):
         if (
             self.selection.streaming == "always"
             and self.selection.layers == "auto"
-            and self.selection.selector == "sweep"
+            and self.selection.selector in WHOLE_MODEL_SELECTORS
         ):
+            what = "trains and scores" if self.selection.selector == "sweep" else "takes gradients of"
             raise ValueError(
-                "selection.streaming is always, but the sweep trains and scores the whole model: "
+                f"selection.streaming is always, but the {self.selection.selector} {what} the whole model: "
                 "use selector mutual_information, or name the layers"
             )
         return self

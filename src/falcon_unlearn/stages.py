@@ -23,6 +23,7 @@ from falcon_unlearn.corpus.batching import (
     Encoder,
     LengthReport,
     LossMask,
+    collate,
     fit_to_context,
     length_sorted_batches,
 )
@@ -60,7 +61,9 @@ from falcon_unlearn.model.skeleton import open_skeleton
 from falcon_unlearn.model.streaming import stream_activations
 from falcon_unlearn.ranks import ALONE, Ranks
 from falcon_unlearn.selection.activations import layer_means, streamed_layer_means
+from falcon_unlearn.selection.gradients import gradient_relations
 from falcon_unlearn.selection.mutual_information import EstimationError, curve, statements
+from falcon_unlearn.selection.selectors import CRITERIA, SEPARATIONS, SMALLEST, middle
 from falcon_unlearn.selection.sweep import TrialOutcome, spaced_candidates, split_validation, sweep
 
 if TYPE_CHECKING:
@@ -255,6 +258,29 @@ def given_layers(recipe: Recipe, total: int) -> LayerSelection | None:
     return LayerSelection("given", layers, layers[-1], "given in the recipe")
 
 
+def _at_once(training: TrainingConfig) -> int:
+    """Records per forward pass outside of training steps."""
+    return min(training.micro_batch_size or training.batch_size, training.batch_size)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Where no smaller batch can be tried, running out of memory is one line.
+
+    Raises:
+        UserError: in place of the allocator's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory before or between training steps; lower training.micro_batch_size or corpus.max_length, "
+            "train fewer layers or modules, or use dtype bfloat16"
+        ) from error
+
+
 Means = Callable[[Sequence[Encoded], Sequence[int]], list[Tensor]]
 """Records and layers -> one tensor of mean activations ``(records, hidden)`` a layer."""
 
@@ -331,7 +357,7 @@ def select_layers(
 ) -> LayerSelection:
     """Choose the layers to train, with the recipe's selector.
 
-    A method on the whole model trains all of them, unless mutual information is to choose.
+    A method on the whole model trains all of them, unless another selector than the sweep is to choose.
 
     Args:
         recipe: validated, its layers checked with :func:`check_layers`.
@@ -339,8 +365,9 @@ def select_layers(
         console: progress.
         ranks: they share the trials; all of them get the selection.
         total: number of the model's layers.
-        model: gives the whole model (trials are scored with it), which is left as it was; the sweep alone asks for it.
-        means: gives the way to mean activations; mutual information alone asks for it.
+        model: gives the whole model (trials are scored with it), which is left as it was; the sweep and
+            gradient_conflict alone ask for it.
+        means: gives the way to mean activations; what looks at activations asks for it.
 
     Raises:
         EstimationError: mutual information was asked to choose and cannot be estimated.
@@ -357,20 +384,69 @@ def select_layers(
             if settings.selector == "mutual_information":
                 raise
             notes.append(f"Mutual information is not shown: {error}")
-    scores: tuple[LayerScore, ...]
+    scores: tuple[LayerScore, ...] = ()
     if settings.selector == "sweep" and entry_of(recipe.method).kind != "representation":
         criterion = "all layers: the knowledge may lie in any of them"
         return LayerSelection("all", tuple(range(total)), total - 1, criterion, (), information, tuple(notes))
     if settings.selector == "sweep":
-        criterion = "kept retain minus left forget probability on validation records, after a short trial (1 is best)"
         target, scores = _sweep(recipe, model(), encoded, candidates, console, ranks=ranks)
+    elif settings.selector == "middle":
+        target = middle(candidates, total)
     else:
-        assert information is not None
-        criterion = "least mutual information of forget and retain activations, in nats (published estimator)"
-        target = information.argmin
-        scores = tuple(LayerScore(n, v) for n, v in zip(information.layers, information.value, strict=True))
+        if settings.selector == "mutual_information":
+            assert information is not None
+            values = list(information.value)
+        elif settings.selector == "gradient_conflict":
+            values = _gradient_conflict(recipe, model(), encoded, candidates)
+        else:
+            values = _separation(recipe, means(), encoded, candidates)
+        scores = tuple(LayerScore(n, v) for n, v in zip(candidates, values, strict=True))
+        target = _best(scores, smallest=settings.selector in SMALLEST)
     layers = tuple(range(max(0, target - settings.span + 1), target + 1))
+    criterion = CRITERIA[settings.selector]
     return LayerSelection(settings.selector, layers, target, criterion, scores, information, tuple(notes))
+
+
+def _best(scores: Sequence[LayerScore], *, smallest: bool) -> int:
+    finite = [score for score in scores if math.isfinite(score.score)]
+    if not finite:
+        raise UserError("selection: no layer got a score: add records, or give selection.layers")
+    sign = 1 if smallest else -1
+    return min(finite, key=lambda score: (sign * score.score, score.layer)).layer
+
+
+def compared_records(recipe: Recipe, encoded: EncodedCorpus) -> tuple[list[Encoded], list[Encoded], list[str]]:
+    """Equally many forget and retain records, of all domains, and the keys of both (phrasings of a fact share one)."""
+    sides = []
+    for side, domains in (("forget", encoded.forget), ("retain", encoded.retain)):
+        items = [item for records in domains.values() for item in records]
+        keys = [f"{side} {domain} {key}" for domain in domains for key in encoded.groups[f"{side}.{domain}"]]
+        sides.append(list(zip(items, keys, strict=True)))
+    count = min(recipe.selection.sample, *map(len, sides))
+    rng = random.Random(f"compared {recipe.seed}")
+    forget, retain = ([side[i] for i in sorted(rng.sample(range(len(side)), count))] for side in sides)
+    return [item for item, _ in forget], [item for item, _ in retain], [key for _, key in (*forget, *retain)]
+
+
+def _separation(recipe: Recipe, means: Means, encoded: EncodedCorpus, candidates: Sequence[int]) -> list[float]:
+    score = SEPARATIONS[recipe.selection.selector]
+    forget, retain, groups = compared_records(recipe, encoded)
+    found = means([*forget, *retain], candidates)  # all in one go: streaming reads each layer once
+    return [score(rows[: len(forget)], rows[len(forget) :], groups, recipe.seed) for rows in found]
+
+
+@_memory_errors()
+def _gradient_conflict(
+    recipe: Recipe, model: PreTrainedModel, encoded: EncodedCorpus, candidates: Sequence[int]
+) -> list[float]:
+    forget, retain, _ = compared_records(recipe, encoded)
+    size = _at_once(recipe.training)
+    forget_batches, retain_batches = (
+        [collate([items[i] for i in at], encoded.pad_id).to(model.device) for at in length_sorted_batches(items, size)]
+        for items in (forget, retain)
+    )
+    found = gradient_relations(model, forget_batches, retain_batches, candidates, recipe.training.modules)
+    return [relation.cosine for relation in found]
 
 
 def activation_samples(recipe: Recipe, encoded: EncodedCorpus) -> list[list[Encoded]]:
@@ -504,29 +580,6 @@ def free_memory() -> int:
         return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
     except (OSError, ValueError):
         return free
-
-
-def _at_once(training: TrainingConfig) -> int:
-    """Records per forward pass outside of training steps."""
-    return min(training.micro_batch_size or training.batch_size, training.batch_size)
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Where no smaller batch can be tried, running out of memory is one line.
-
-    Raises:
-        UserError: in place of the allocator's error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            "out of memory before or between training steps; lower training.micro_batch_size or corpus.max_length, "
-            "train fewer layers or modules, or use dtype bfloat16"
-        ) from error
 
 
 def _store(training: TrainingConfig, plan: CachePlan, device: torch.device) -> ActivationStore:
