@@ -580,7 +580,7 @@ def test_a_demo_that_was_stopped_early_can_go_on_or_start_again(call, tmp_path, 
         patched.setattr(embedded, "write_models", stop)
         assert "stopped" in call("demo", "--out", tmp_path / "demo").err
     started = []
-    monkeypatch.setattr(pipeline, "_read_inputs", lambda recipe, console: started.append(recipe) or stop())
+    monkeypatch.setattr(pipeline, "_read_inputs", lambda recipe, *_: started.append(recipe) or stop())
     assert "go on there with --resume" in call("demo", "--out", tmp_path / "demo").err
     assert call("demo", "--out", tmp_path / "demo", option).err.startswith("error: stopped")
     assert started[0].output == str(tmp_path / "demo")
