@@ -403,6 +403,16 @@ def test_a_trial_that_diverged_is_a_dash():
     assert table.splitlines()[2].split() == ["1", "*", "0.500", "0.250", "0.750"]
 
 
+def test_scores_of_a_selector_without_trials_stand_in_the_table():
+    scores = (LayerScore(0, 0.25), LayerScore(1, -0.0625))
+    table = cli.selection_table(LayerSelection("mmd", (0,), 0, "by distance", scores))
+    assert [line.split() for line in table.splitlines()[:3]] == [
+        ["layer", "score"],
+        ["0", "*", "0.25"],
+        ["1", "-0.0625"],
+    ]
+
+
 def test_options_and_overrides_stand_in_any_order(call, recipe_file, tmp_path):
     file = recipe_file({"training": {"steps": 2}})
     orders = (
