@@ -35,6 +35,7 @@ LAYERS = (
     ("report",),
     ("presets",),
     ("recipe",),
+    ("self_samples",),
     ("stages",),
     ("suite_scores", "attack_runs", "subjects"),
     ("estimate",),

@@ -309,3 +309,18 @@ def test_what_is_not_scored_is_not_predicted(recipe_for):
     estimate = estimate_run(recipe_from(recipe_for({"evaluation": {"enabled": False}})))
     assert [stage.stage for stage in estimate.stages if "score" in stage.stage] == []
     assert "training" in [stage.stage for stage in estimate.stages]
+
+
+def test_self_samples_are_a_stage_and_longer_training_data(recipe_for):
+    """Every step draws from more records; sampling costs what generating as many tokens costs in scoring."""
+    plain = estimate_run(recipe_from(recipe_for({**WHOLE, "method": {"name": "npo"}})))
+    sampled = {**WHOLE, "method": {"name": "npo"}, "corpus": {"self_samples": {"count": 7, "max_new_tokens": 5}}}
+    found = estimate_run(recipe_from(recipe_for(sampled)))
+    assert [s.stage for s in found.stages if s.stage != "self-samples"] == [s.stage for s in plain.stages]
+    assert any("7 self-samples" in text for text in found.assumptions)
+    twice = merged(sampled, {"corpus": {"self_samples": {"count": 14}}})
+    assert (
+        stage(estimate_run(recipe_from(recipe_for(twice))), "self-samples").flops
+        == 2 * stage(found, "self-samples").flops
+    )
+    assert 0.8 < stage(found, "training").flops / stage(plain, "training").flops < 1.25

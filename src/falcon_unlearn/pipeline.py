@@ -61,7 +61,7 @@ from falcon_unlearn.model.skeleton import fetch_first_layers, load_first_layers
 from falcon_unlearn.recipe import Recipe
 from falcon_unlearn.report.card import write_card
 from falcon_unlearn.report.html import write_report
-from falcon_unlearn.run_folder import WORKING_FILES, RunFolder, open_run_folder, start_run
+from falcon_unlearn.run_folder import SELF_SAMPLES, WORKING_FILES, RunFolder, open_run_folder, start_run
 from falcon_unlearn.stages import (
     CachePlan,
     EncodedCorpus,
@@ -80,6 +80,7 @@ from falcon_unlearn.stages import (
     streamed_means,
     unlearn_layers,
     unlearn_whole,
+    with_self_samples,
 )
 from falcon_unlearn.subjects import computing_with
 from falcon_unlearn.suite_scores import read_suite, score_suite
@@ -262,10 +263,12 @@ def _hash_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(inputs: _Inputs, selection: LayerSelection, masters: Mapping[str, Tensor]) -> str:
+def _fingerprint(
+    inputs: _Inputs, encoded: EncodedCorpus, selection: LayerSelection, masters: Mapping[str, Tensor]
+) -> str:
     """Hash of all that decides a training run: equal fingerprints may share a checkpoint."""
     recipe = inputs.recipe.model_dump(mode="json", include={"corpus", "method", "training", "seed", "dtype"})
-    encoded = inputs.encoded  # a chat template may depend on more than the records, such as the date
+    # The tokens too: a chat template may depend on more than the records, such as the date.
     tokens = [[item.ids for item in items] for side in (encoded.forget, encoded.retain) for items in side.values()]
     parts = [recipe, dict(inputs.corpus.hashes), tokens, selection.layers, _hash_of(masters)]
     return hashlib.sha256(json.dumps(to_plain(parts), sort_keys=True).encode()).hexdigest()
@@ -290,7 +293,15 @@ class _TrainingLog:
 def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, resume: bool) -> Patch:
     recipe = inputs.recipe
     whole = entry_of(recipe.method).kind != "representation"
-    model = load_causal_lm(inputs.source) if whole else load_first_layers(inputs.source, selection.target_layer + 1)
+    loaded = load_causal_lm(inputs.source) if whole else None
+    encoded = with_self_samples(
+        recipe,
+        lambda: load_causal_lm(inputs.source) if loaded is None else loaded,
+        inputs.encoded,
+        inputs.encoder,
+        folder / SELF_SAMPLES,
+    )
+    model = load_first_layers(inputs.source, selection.target_layer + 1) if loaded is None else loaded
     log = _TrainingLog(folder / "training.jsonl")
     inputs.console.say("training: " + describe_training(recipe, text_config(inputs.config).hidden_size))
 
@@ -298,7 +309,7 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
 
         def plan(masters: Mapping[str, Tensor], changing: Mapping[str, Tensor]) -> CheckpointPlan:
             to_disk(model, changing, inputs.on_disk)  # what cannot be patched should fail now, not after training
-            equal = _fingerprint(inputs, selection, masters)
+            equal = _fingerprint(inputs, encoded, selection, masters)
             return CheckpointPlan(folder / "checkpoint.safetensors", equal, resume=resume)
 
         def on_step(record: StepRecord) -> None:
@@ -316,10 +327,10 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
 
         watch = Watch(plan, on_step, on_resume, on_halved)
         if whole:
-            trained = unlearn_whole(recipe, model, inputs.encoded, inputs.alternatives, watch, selection=selection)
+            trained = unlearn_whole(recipe, model, encoded, inputs.alternatives, watch, selection=selection)
         else:
             cache = CachePlan(folder / "activations", resume, inputs.console.say)
-            trained = unlearn_layers(recipe, model, inputs.encoded, selection, cache=cache, watch=watch)
+            trained = unlearn_layers(recipe, model, encoded, selection, cache=cache, watch=watch)
     inputs.diagnostics.update(trained.diagnostics)
     if trained.save_adapter is not None and recipe.training.lora is not None and recipe.training.lora.keep_adapter:
         trained.save_adapter(folder / "adapter", recipe.model)

@@ -39,6 +39,8 @@ _RESULTS = (
 )
 _ATTACKS = "attacks.json"
 _ORACLE_SCORES = "scores/oracle.jsonl"
+SELF_SAMPLES = "self_samples.jsonl"
+"""Retain records that the model wrote itself."""
 WORKING_FILES = ("checkpoint.safetensors", "activations", "activations.json")
 """What a resumed run goes on from; removed at the end."""
 _ADAPTER = ("adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
@@ -47,6 +49,7 @@ _CONTENT = frozenset(
         *_RESULTS,
         _ORACLE_SCORES,
         _ATTACKS,
+        SELF_SAMPLES,
         "attacks",
         "patch",
         "scores",

@@ -98,6 +98,17 @@ def parse_domains(value: Any) -> SourceConfig | dict[str, SourceConfig]:
 Domains = Annotated[SourceConfig | dict[str, SourceConfig], BeforeValidator(parse_domains)]
 
 
+class SelfSamplesConfig(Section):
+    """Retain records that the original model writes itself (:mod:`falcon_unlearn.self_samples`)."""
+
+    count: int = Field(0, ge=0)
+    """How many it writes, of which those about the forget set are left out; 0: none."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest question and longest answer, which are left out where they do not end before, or longest text."""
+    batch_size: int = Field(128, ge=1)
+    """Sequences at a time."""
+
+
 class CorpusConfig(Section):
     """What to forget, what to keep, and how both become tokens."""
 
@@ -117,6 +128,8 @@ class CorpusConfig(Section):
     """Longest record in tokens; empty: the model's context."""
     on_long: LongRecords = "error"
     """Records longer than that: ``error``, ``drop`` or ``truncate``."""
+    self_samples: SelfSamplesConfig = SelfSamplesConfig()
+    """Further retain records that the original model writes itself, spread over the retain domains."""
 
 
 @dataclass(frozen=True)
