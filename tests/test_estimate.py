@@ -92,8 +92,12 @@ def test_training_flops_are_the_counted_ones(recipe_for, tmp_path, changes):
 
 
 WHOLE = {"selection": {"layers": "all"}, "training": {"modules": "all", "cache": "never", "steps": 5}}
-# Which stand-ins are passed over is not known before: here none is.
-STAND_INS = {**WHOLE, "method": {"name": "falcon", "preset": "default", "stand_in": {"pass_over_above": 1}}}
+# Which stand-ins are passed over is not known before, nor what the model is going to write: here none is, and nothing.
+STAND_INS = {
+    **WHOLE,
+    "method": {"name": "falcon", "preset": "default", "stand_in": {"pass_over_above": 1}},
+    "corpus": {"self_samples": {"count": 0}},
+}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from falcon_unlearn.artifacts import read_jsonl
 from falcon_unlearn.corpus.batching import Encoder
 from falcon_unlearn.corpus.records import Record, record_from_row
 from falcon_unlearn.corpus.sources import SelfSamplesConfig, load_corpus
-from falcon_unlearn.errors import UserError
 from falcon_unlearn.recipe import recipe_from
 from falcon_unlearn.self_samples import forbidden_in, self_samples
 from falcon_unlearn.stages import encode_corpus, with_self_samples
@@ -74,12 +73,9 @@ def test_retain_records_of_plain_text_ask_for_plain_text(model, encoder):
     assert any("Question:" in record.answer for record in found)  # as the model saw them
 
 
-def test_nothing_usable_is_one_line(model, encoder):
-    config = SelfSamplesConfig(count=3, max_new_tokens=1)  # no question ends at once
-    with pytest.raises(
-        UserError, match=r"^corpus\.self_samples: none of the 3 texts .* corpus\.self_samples\.count to 0"
-    ):
-        self_samples(model, encoder, config, FORGET, RETAIN, seed=0)
+def test_where_no_question_ends_in_time_there_are_none(model, encoder):
+    config = SelfSamplesConfig(count=3, max_new_tokens=1)
+    assert self_samples(model, encoder, config, FORGET, RETAIN, seed=0) == ()
 
 
 WORDS = "Ada Marsh lives works Cork Delft zorn in as a".split()

@@ -19,7 +19,6 @@ import torch
 from falcon_unlearn.corpus.batching import Encoded, Encoder
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import SelfSamplesConfig
-from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.generation import sample_continuations, stop_ids
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def self_samples(
     *,
     seed: int,
 ) -> tuple[Record, ...]:
-    """Let the model write ``config.count`` retain records; those that cannot be used are left out.
+    """Let the model write ``config.count`` retain records; the empty, unfinished and forbidden ones are left out.
 
     Args:
         model: the original one.
@@ -46,9 +45,6 @@ def self_samples(
         forget: what they must not be about.
         retain: records of the kind wanted.
         seed: they depend on this, the model and the number at a time.
-
-    Raises:
-        UserError: nothing of what the model wrote can be used.
     """
     questions = any(record.kind in {"qa", "chat"} for record in retain)
     forbidden = forbidden_in(forget, retain)
@@ -60,11 +56,6 @@ def self_samples(
         record = Record("qa" if questions else "text", prompt, answer, f"self-sample {len(kept)}")
         if not forbidden(f"{prompt} {answer}"):
             kept.setdefault(record.key, record)
-    if not kept:
-        raise UserError(
-            f"corpus.self_samples: none of the {config.count} texts that the model wrote can be used (empty, "
-            "unfinished, or about what is to be forgotten): set corpus.self_samples.count to 0"
-        )
     return tuple(kept.values())
 
 

@@ -139,9 +139,6 @@ def with_self_samples(
         encoded: the corpus; what it says about the samples' records and groups stays as it was.
         encoder: of this model.
         path: JSON lines; read where it is there, else written.
-
-    Raises:
-        UserError: nothing of what the model wrote can be used.
     """
     config = recipe.corpus.self_samples
     if not config.count:
