@@ -15,7 +15,7 @@ from falcon_unlearn.self_samples import forbidden_in, self_samples
 from falcon_unlearn.stages import encode_corpus, with_self_samples
 
 FORGET, RETAIN = ([record_from_row(row, "") for row in rows] for rows in (FORGET_ROWS, RETAIN_ROWS))
-FEW = SelfSamplesConfig(count=60, max_new_tokens=24, batch_size=25)
+FEW = SelfSamplesConfig(count=60, max_new_tokens=24, batch_size=25, per_retain_record=9)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,12 @@ def test_where_no_question_ends_in_time_there_are_none(model, encoder):
     assert self_samples(model, encoder, config, FORGET, RETAIN, seed=0) == ()
 
 
+def test_they_do_not_crowd_out_the_retain_records(model, encoder):
+    config = SelfSamplesConfig(count=60, max_new_tokens=24, per_retain_record=0.5)
+    assert 0 < len(self_samples(model, encoder, config, FORGET, RETAIN, seed=0)) <= len(RETAIN) / 2
+    assert [config.wanted(n) for n in (0, 1, 2, 100, 1000)] == [0, 0, 1, 50, 60]
+
+
 WORDS = "Ada Marsh lives works Cork Delft zorn in as a".split()
 SENTENCES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map(" ".join)
 
@@ -112,7 +118,7 @@ def test_every_prompt_begins_with_what_questions_are_sampled_after(tiny, chat):
 # in a run
 
 
-SAMPLED = {"self_samples": {"count": 40, "max_new_tokens": 24}}
+SAMPLED = {"self_samples": {"count": 40, "max_new_tokens": 24, "per_retain_record": 2}}
 
 
 @pytest.fixture(scope="module")

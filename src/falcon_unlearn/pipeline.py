@@ -301,8 +301,7 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
         inputs.encoder,
         folder / SELF_SAMPLES,
     )
-    if recipe.corpus.self_samples.count:
-        kept = sum(map(len, encoded.retain.values())) - sum(map(len, inputs.encoded.retain.values()))
+    if kept := sum(map(len, encoded.retain.values())) - sum(map(len, inputs.encoded.retain.values())):
         inputs.console.say(f"retain: {kept} more records, written by the model itself")
     model = load_first_layers(inputs.source, selection.target_layer + 1) if loaded is None else loaded
     log = _TrainingLog(folder / "training.jsonl")

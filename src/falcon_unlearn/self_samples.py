@@ -36,12 +36,12 @@ def self_samples(
     *,
     seed: int,
 ) -> tuple[Record, ...]:
-    """Let the model write ``config.count`` retain records; the empty, unfinished and forbidden ones are left out.
+    """Let the model write retain records; the empty, unfinished and forbidden ones are left out.
 
     Args:
         model: the original one.
         encoder: of this model.
-        config: how many, how long, how many at a time.
+        config: how many beside ``retain``, how long, how many at a time.
         forget: what they must not be about.
         retain: records of the kind wanted.
         seed: they depend on this, the model and the number at a time.
@@ -50,7 +50,7 @@ def self_samples(
     forbidden = forbidden_in(forget, retain)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        texts = (_questions if questions else _texts)(model, encoder, config)
+        texts = (_questions if questions else _texts)(model, encoder, config, config.wanted(len(retain)))
     kept: dict[tuple[str, str], Record] = {}
     for prompt, answer in texts:
         record = Record("qa" if questions else "text", prompt, answer, f"self-sample {len(kept)}")
@@ -76,10 +76,10 @@ def _words(records: Sequence[Record]) -> set[str]:
     return {word for text in texts for word in _WORD.findall(text.casefold())}
 
 
-def _texts(model: PreTrainedModel, encoder: Encoder, config: SelfSamplesConfig) -> list[tuple[str, str]]:
+def _texts(model: PreTrainedModel, encoder: Encoder, config: SelfSamplesConfig, count: int) -> list[tuple[str, str]]:
     found = sample_continuations(
         model,
-        [encoder.encode_beginning()] * config.count,
+        [encoder.encode_beginning()] * count,
         encoder.pad_id,
         stop_ids(model, encoder),
         max_new_tokens=config.max_new_tokens,
@@ -89,7 +89,9 @@ def _texts(model: PreTrainedModel, encoder: Encoder, config: SelfSamplesConfig) 
     return [("", text) for text in texts if text]
 
 
-def _questions(model: PreTrainedModel, encoder: Encoder, config: SelfSamplesConfig) -> list[tuple[str, str]]:
+def _questions(
+    model: PreTrainedModel, encoder: Encoder, config: SelfSamplesConfig, count: int
+) -> list[tuple[str, str]]:
     """Questions and answers, each of one line and ended by the model itself."""
 
     def lines(prompts: Sequence[Encoded]) -> list[str | None]:
@@ -105,7 +107,7 @@ def _questions(model: PreTrainedModel, encoder: Encoder, config: SelfSamplesConf
         cut = [(text.split("\n")[0].strip(), ended or "\n" in text) for text, ended in texts]
         return [text if ended and text else None for text, ended in cut]
 
-    questions = [text for text in lines([encoder.encode_before_question()] * config.count) if text is not None]
+    questions = [text for text in lines([encoder.encode_before_question()] * count) if text is not None]
     asked = [Record("qa", question, "", "self-sample") for question in questions]
     answers = lines([encoder.encode_prompt(record, answer="?") for record in asked]) if asked else []
     return [(q, a) for q, a in zip(questions, answers, strict=True) if a is not None]

@@ -141,7 +141,7 @@ def with_self_samples(
         path: JSON lines; read where it is there, else written.
     """
     config = recipe.corpus.self_samples
-    if not config.count:
+    if not config.wanted(sum(map(len, encoded.retain.values()))):
         return encoded
     if path.exists():
         records = [record_from_row(row, f"{path.name}:{n}") for n, row in enumerate(read_jsonl(path), start=1)]
