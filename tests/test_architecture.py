@@ -36,6 +36,7 @@ LAYERS = (
     ("report",),
     ("presets",),
     ("recipe",),
+    ("self_samples",),
     ("stages",),
     ("suite_scores", "attack_runs", "subjects", "earlier"),
     ("estimate",),

@@ -94,8 +94,12 @@ def test_training_flops_are_the_counted_ones(recipe_for, tmp_path, changes):
 
 
 WHOLE = {"selection": {"layers": "all"}, "training": {"modules": "all", "cache": "never", "steps": 5}}
-# Which stand-ins are passed over is not known before: here none is.
-STAND_INS = {**WHOLE, "method": {"name": "falcon", "preset": "default", "stand_in": {"pass_over_above": 1}}}
+# Which stand-ins are passed over is not known before, nor what the model is going to write: here none is, and nothing.
+STAND_INS = {
+    **WHOLE,
+    "method": {"name": "falcon", "preset": "default", "stand_in": {"pass_over_above": 1}},
+    "corpus": {"self_samples": {"count": 0}},
+}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +156,7 @@ def test_a_whole_model_without_a_choice_trains_all_layers_and_tries_none(recipe_
     estimate = estimate_run(recipe_from(recipe_for(changes)))
     assert [s.stage for s in estimate.stages if "selection" in s.stage] == ["layer selection: activations"]
     assert "all parameters" in stage(estimate, "training").depends_on
-    assert estimate.assumptions == ()
+    assert [text.split()[2] for text in estimate.assumptions] == ["self-samples"]
 
 
 @pytest.mark.parametrize(
@@ -354,3 +358,18 @@ def test_what_is_not_scored_is_not_predicted(recipe_for):
     estimate = estimate_run(recipe_from(recipe_for({"evaluation": {"enabled": False}})))
     assert [stage.stage for stage in estimate.stages if "score" in stage.stage] == []
     assert "training" in [stage.stage for stage in estimate.stages]
+
+
+def test_self_samples_are_a_stage_and_longer_training_data(recipe_for):
+    """Every step draws from more records; sampling costs what generating as many tokens costs in scoring."""
+    plain = estimate_run(recipe_from(recipe_for({**WHOLE, "method": {"name": "npo"}})))
+    sampled = {**WHOLE, "method": {"name": "npo"}, "corpus": {"self_samples": {"count": 7, "max_new_tokens": 5}}}
+    found = estimate_run(recipe_from(recipe_for(sampled)))
+    assert [s.stage for s in found.stages if s.stage != "self-samples"] == [s.stage for s in plain.stages]
+    assert any("7 self-samples" in text for text in found.assumptions)
+    twice = merged(sampled, {"corpus": {"self_samples": {"count": 14}}})
+    assert (
+        stage(estimate_run(recipe_from(recipe_for(twice))), "self-samples").flops
+        == 2 * stage(found, "self-samples").flops
+    )
+    assert 0.8 < stage(found, "training").flops / stage(plain, "training").flops < 1.25

@@ -160,13 +160,14 @@ def estimate_run(recipe: Recipe, *, work: bool = True) -> Estimate:
     inputs = _read(recipe)
     whole = blueprint(inputs.config, inputs.dtype, trust_remote_code=recipe.trust_remote_code)
     selection = _selection(inputs, whole)
+    sampling, inputs = _self_sampling(inputs, whole), _with_assumed_samples(inputs)
     host = 0
     if _is_whole(recipe):
         with _scope(inputs, whole, inputs.layers) as scope:
             training, parts, patch = _whole_training(inputs, whole, scope, work=work)
     else:
         training, parts, patch, host = _layer_training(inputs)
-    stages = [*selection, training, patch]
+    stages = [*selection, *sampling, training, patch]
     if recipe.evaluation.enabled:
         scoring = _scoring(inputs, whole)
         after = _named(scoring, "score after", extra=patch.disk_bytes // 2)
@@ -324,6 +325,20 @@ def _assumed_data(
     return encoded, {name: _Scored(tuple((item,) for item in one), prompts) for name in names}
 
 
+def _with_assumed_samples(inputs: _Inputs) -> _Inputs:
+    """As training finds the corpus: with retain records over again for those that the model is going to write."""
+    encoded = inputs.encoded
+    count = inputs.recipe.corpus.self_samples.wanted(sum(map(len, encoded.retain.values())))
+    if not count:
+        return inputs
+    retain = {}
+    for position, (name, own) in enumerate(encoded.retain.items()):
+        retain[name] = [*own, *(own[i % len(own)] for i in range(position, count, len(encoded.retain)))]
+    said = f"the {count} self-samples are taken to be all of use, and as long as the retain records"
+    encoded = dataclasses.replace(encoded, retain=retain)
+    return dataclasses.replace(inputs, encoded=encoded, assumptions=(*inputs.assumptions, said))
+
+
 def _scored(recipe: Recipe, encoder: Encoder, records: Sequence[Record], limit: int | None) -> _Scored:
     """The sequences that :func:`~falcon_unlearn.evaluation.scoring.score_set` makes of ``records``."""
     groups: list[tuple[Encoded, ...]] = []
@@ -407,6 +422,19 @@ def _scoring(inputs: _Inputs, whole: PreTrainedModel) -> StageEstimate:
         f"{sequences} answers, {prompts_count} prompts of up to {new} new tokens (FLOPs: all of them), "
         f"batches of {size}, logits of {text_config(inputs.config).vocab_size} words",
     )
+
+
+def _self_sampling(inputs: _Inputs, whole: PreTrainedModel) -> list[StageEstimate]:
+    config = inputs.recipe.corpus.self_samples
+    count = config.wanted(sum(map(len, inputs.encoded.retain.values())))
+    if not count:
+        return []
+    flops, head, new = layers_flops(whole), head_flops(whole), config.max_new_tokens
+    # A question is asked again, as part of a prompt: the second half reads what the first one wrote.
+    total = flops(new) + sum(flops.next_token(length) for length in range(1, 2 * new)) + 2 * new * head
+    peak = generation_peak(whole, min(config.batch_size, count), 2 * new)
+    what = f"{count} questions and answers of up to {new} tokens each (FLOPs: all of them)"
+    return [StageEstimate("self-samples", peak, count * total, 0, what)]
 
 
 def _is_whole(recipe: Recipe) -> bool:

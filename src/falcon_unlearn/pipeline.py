@@ -64,7 +64,7 @@ from falcon_unlearn.ranks import ALONE, Ranks
 from falcon_unlearn.recipe import Recipe
 from falcon_unlearn.report.card import write_card
 from falcon_unlearn.report.html import write_report
-from falcon_unlearn.run_folder import CHECKPOINT, RunFolder, open_run_folder, start_run
+from falcon_unlearn.run_folder import CHECKPOINT, SELF_SAMPLES, RunFolder, open_run_folder, start_run
 from falcon_unlearn.selection.selectors import WHOLE_MODEL_SELECTORS
 from falcon_unlearn.stages import (
     CachePlan,
@@ -87,6 +87,7 @@ from falcon_unlearn.stages import (
     streamed_means,
     unlearn_layers,
     unlearn_whole,
+    with_self_samples,
 )
 from falcon_unlearn.subjects import computing_with
 from falcon_unlearn.suite_scores import read_suite, score_suite
@@ -326,10 +327,12 @@ def _hash_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(inputs: _Inputs, selection: LayerSelection, masters: Mapping[str, Tensor]) -> str:
+def _fingerprint(
+    inputs: _Inputs, encoded: EncodedCorpus, selection: LayerSelection, masters: Mapping[str, Tensor]
+) -> str:
     """Hash of all that decides a training run: equal fingerprints may share a checkpoint."""
     recipe = inputs.recipe.model_dump(mode="json", include={"corpus", "method", "training", "seed", "dtype"})
-    encoded = inputs.encoded  # a chat template may depend on more than the records, such as the date
+    # The tokens too: a chat template may depend on more than the records, such as the date.
     tokens = [[item.ids for item in items] for side in (encoded.forget, encoded.retain) for items in side.values()]
     parts = [recipe, dict(inputs.corpus.hashes), tokens, selection.layers, _hash_of(masters)]
     return hashlib.sha256(json.dumps(to_plain(parts), sort_keys=True).encode()).hexdigest()
@@ -366,11 +369,24 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
     recipe, ranks = inputs.recipe, inputs.ranks
     whole = entry_of(recipe.method).kind != "representation"
     cache = CachePlan(inputs.scratch(folder, "activations"), resume, inputs.console.say, processes=ranks.local_world)
-    if whole:  # what is to lie on several devices may be too large for one
-        source = inputs.source if ranks.world == 1 else replace(inputs.source, device=torch.device("cpu"))
-        model = load_causal_lm(source)
+    # What is to lie on several devices may be too large for one.
+    source = inputs.source if ranks.world == 1 else replace(inputs.source, device=torch.device("cpu"))
+    loaded = load_causal_lm(source) if whole else None
+    encoded = ranks.after_first(
+        lambda: with_self_samples(
+            recipe,
+            lambda: load_causal_lm(inputs.source) if loaded is None else loaded,
+            inputs.encoded,
+            inputs.encoder,
+            folder / SELF_SAMPLES,
+        )
+    )
+    if kept := sum(map(len, encoded.retain.values())) - sum(map(len, inputs.encoded.retain.values())):
+        inputs.console.say(f"retain: {kept} more records, written by the model itself")
+    if loaded is not None:
+        model = loaded
     elif _is_streamed(inputs, selection):
-        model, cache = stream_prefix(recipe, inputs.source, inputs.encoded, selection, cache)
+        model, cache = stream_prefix(recipe, inputs.source, encoded, selection, cache)
     else:
         model = load_first_layers(inputs.source, selection.target_layer + 1)
     log = _TrainingLog(folder / "training.jsonl", inputs.trackers, ranks)
@@ -380,7 +396,7 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
 
         def plan(masters: Mapping[str, Tensor], changing: Mapping[str, Tensor]) -> CheckpointPlan:
             to_disk(model, changing, inputs.on_disk)  # what cannot be patched should fail now, not after training
-            equal = _fingerprint(inputs, selection, masters)
+            equal = _fingerprint(inputs, encoded, selection, masters)
             return CheckpointPlan(folder / CHECKPOINT, equal, resume=resume, say=inputs.console.say)
 
         def on_step(record: StepRecord) -> None:
@@ -399,10 +415,10 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
         watch = Watch(plan, on_step, on_resume, on_halved)
         if whole:
             trained = unlearn_whole(
-                recipe, model, inputs.encoded, inputs.alternatives, watch, selection=selection, ranks=ranks
+                recipe, model, encoded, inputs.alternatives, watch, selection=selection, ranks=ranks
             )
         else:
-            trained = unlearn_layers(recipe, model, inputs.encoded, selection, cache=cache, watch=watch, ranks=ranks)
+            trained = unlearn_layers(recipe, model, encoded, selection, cache=cache, watch=watch, ranks=ranks)
     return ranks.on_first(lambda: _write_trained(inputs, folder, selection, model, trained))
 
 

@@ -42,6 +42,8 @@ _RESULTS = (
 )
 _ATTACKS = "attacks.json"
 _ORACLE_SCORES = "scores/oracle.jsonl"
+SELF_SAMPLES = "self_samples.jsonl"
+"""Retain records that the model wrote itself."""
 CHECKPOINT = "checkpoint.safetensors"
 _WORKING = re.compile(r"checkpoint(\.\d+)?\.safetensors|activations(\.rank\d+)?(\.json|\.between)?")
 _ADAPTER = ("adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
@@ -50,6 +52,7 @@ _CONTENT = frozenset(
         *_RESULTS,
         _ORACLE_SCORES,
         _ATTACKS,
+        SELF_SAMPLES,
         "attacks",
         "patch",
         "scores",

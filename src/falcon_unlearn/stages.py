@@ -1,4 +1,4 @@
-"""The stages of a run: plain functions from artifacts to artifacts. They write nothing to disk."""
+"""The stages of a run: plain functions from artifacts to artifacts. They write nothing to disk, but self-samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from falcon_unlearn.artifacts import LayerScore, LayerSelection, MutualInformationCurve, SampleScore, StepRecord
+from falcon_unlearn.artifacts import (
+    LayerScore,
+    LayerSelection,
+    MutualInformationCurve,
+    SampleScore,
+    StepRecord,
+    read_jsonl,
+    write_jsonl,
+)
 from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.alternatives import dont_know, random_answers
 from falcon_unlearn.corpus.batching import (
@@ -27,7 +35,7 @@ from falcon_unlearn.corpus.batching import (
     fit_to_context,
     length_sorted_batches,
 )
-from falcon_unlearn.corpus.records import Record
+from falcon_unlearn.corpus.records import Record, record_from_row
 from falcon_unlearn.corpus.sources import Corpus, load_records
 from falcon_unlearn.corpus.stand_ins import stand_ins
 from falcon_unlearn.engine.optimizers import learning_rate
@@ -65,6 +73,7 @@ from falcon_unlearn.selection.gradients import gradient_relations
 from falcon_unlearn.selection.mutual_information import EstimationError, curve, statements
 from falcon_unlearn.selection.selectors import CRITERIA, SEPARATIONS, SMALLEST, middle
 from falcon_unlearn.selection.sweep import TrialOutcome, spaced_candidates, split_validation, sweep
+from falcon_unlearn.self_samples import self_samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -130,6 +139,38 @@ def encode_corpus(recipe: Recipe, corpus: Corpus, encoder: Encoder, config: PreT
         settings.loss_mask or "answer",
         encoder.pad_id,
     )
+
+
+def with_self_samples(
+    recipe: Recipe, model: Callable[[], PreTrainedModel], encoded: EncodedCorpus, encoder: Encoder, path: Path
+) -> EncodedCorpus:
+    """The corpus for training: each retain domain with its part of the records that the model writes itself.
+
+    Args:
+        recipe: says how many.
+        model: gives the original one.
+        encoded: the corpus; what it says about the samples' records and groups stays as it was.
+        encoder: of this model.
+        path: JSON lines; read where it is there, else written.
+    """
+    config = recipe.corpus.self_samples
+    if not config.wanted(sum(map(len, encoded.retain.values()))):
+        return encoded
+    if path.exists():
+        records = [record_from_row(row, f"{path.name}:{n}") for n, row in enumerate(read_jsonl(path), start=1)]
+    else:
+        sides = [
+            [record for name, found in encoded.records.items() if name.startswith(side) for record in found]
+            for side in ("forget.", "retain.")
+        ]
+        records = list(self_samples(model(), encoder, config, *sides, seed=recipe.seed))
+        rows = [{"question": r.prompt, "answer": r.answer} if r.prompt else {"text": r.answer} for r in records]
+        write_jsonl(path, rows)
+    limit = min(report.limit for report in encoded.lengths.values())
+    items = [item for item in map(encoder.encode, records) if len(item) <= limit]
+    domains = len(encoded.retain)
+    retain = {name: [*own, *items[i::domains]] for i, (name, own) in enumerate(encoded.retain.items())}
+    return dataclasses.replace(encoded, retain=retain)
 
 
 def evaluation_sets(recipe: Recipe, corpus: Corpus, base_dir: Path) -> dict[str, list[Record]]:

@@ -728,11 +728,11 @@ def assert_forgets(run, folder, model):
     assert probability(after, tokenizer, RETAIN_ROWS) > 0.95 * probability(before, tokenizer, RETAIN_ROWS)
 
 
-def passed_over_in(recipe, path):
+def passed_over_in(recipe, path, written):
     """How many records of a run have a first stand-in that reminds the model."""
     encoder, model = Encoder(AutoTokenizer.from_pretrained(path)), AutoModelForCausalLM.from_pretrained(path)
     corpus = encode_corpus(recipe, load_corpus(recipe.corpus, path), encoder, model.config)
-    retain = [encoder.encode(record_from_row(row, "")) for row in RETAIN_ROWS]
+    retain = [encoder.encode(record_from_row(row, "")) for row in [*RETAIN_ROWS, *written]]
     firsts = [options[0] for options in alternatives_of(recipe, corpus, encoder).values()]
     return sum(reminds(model, first, retain, 0.1) for first in firsts)
 
@@ -747,7 +747,10 @@ def test_a_default_run_forgets_and_keeps(recipe_for, tiny, tmp_path):
     assert run.patch.tensors.keys() <= base.keys()
     assert run.selection.layers == (0, 1, 2)
     found = json.loads((run.folder / "provenance.json").read_text())["method_diagnostics"]
-    assert found == {"stand_in_layers": [1, 2], "stand_ins_passed_over": passed_over_in(recipe, tiny.model)}
+    written = read_jsonl(run.folder / "self_samples.jsonl")
+    assert 0 < len(written) <= len(RETAIN_ROWS) / 2
+    passed_over = passed_over_in(recipe, tiny.model, written)
+    assert found == {"stand_in_layers": [1, 2], "stand_ins_passed_over": passed_over}
     assert_forgets(run, tmp_path / "patched", tiny.model)
 
 

@@ -25,6 +25,7 @@ PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 # Rendered in the answer's place, it shows where the answer begins: not every template opens an answer as it
 # prompts for one (Qwen3 puts an empty thought before it).
 _ANSWER_MARK = "\ue000answer\ue000"
+_QUESTION_MARK = "\ue000question\ue000"
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,27 @@ class Encoder:
         )
         return self.encode_text(prompt, full, add_eos=add_eos)
 
-    def encode_prompt(self, record: Record, *, question: str | None = None) -> Encoded:
+    def encode_beginning(self) -> Encoded:
+        """What text is sampled after: beginning-of-sequence, or where there is none the end of another (or padding)."""
+        first = (
+            self._bos if self._adds_bos and self._bos is not None else self.pad_id if self._eos is None else self._eos
+        )
+        return Encoded((first,), 1, 1)
+
+    def encode_before_question(self) -> Encoded:
+        """What stands before the first question of a conversation, for generation (``answer_start`` = length)."""
+        before = self._before_question
+        if self.uses_chat_template:
+            asked = Record("chat", _QUESTION_MARK, "?", "")
+            before = self._render([{"role": "user", "content": _QUESTION_MARK}], "?", asked).partition(_QUESTION_MARK)[
+                0
+            ]
+        found = self.encode_text("", before.rstrip(" "), add_eos=False).ids or self.encode_beginning().ids
+        return Encoded(found, len(found), int(self._bos is not None and found[:1] == (self._bos,)))
+
+    def encode_prompt(self, record: Record, *, question: str | None = None, answer: str | None = None) -> Encoded:
         """Encode only what stands before the answer, for generation (``answer_start`` = length)."""
-        encoded = self.encode(record, question=question)
+        encoded = self.encode(record, question=question, answer=answer)
         return dataclasses.replace(encoded, ids=encoded.ids[: encoded.answer_start])
 
 

@@ -98,6 +98,23 @@ def parse_domains(value: Any) -> SourceConfig | dict[str, SourceConfig]:
 Domains = Annotated[SourceConfig | dict[str, SourceConfig], BeforeValidator(parse_domains)]
 
 
+class SelfSamplesConfig(Section):
+    """Retain records that the original model writes itself (:mod:`falcon_unlearn.self_samples`)."""
+
+    count: int = Field(0, ge=0)
+    """How many it writes, of which those about the forget set are left out; 0: none."""
+    per_retain_record: float = Field(0.5, gt=0)
+    """At most so many for each retain record, which too many would crowd out of the batches."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest question and longest answer, which are left out where they do not end before, or longest text."""
+    batch_size: int = Field(128, ge=1)
+    """Sequences at a time."""
+
+    def wanted(self, retain_records: int) -> int:
+        """How many are written beside so many retain records."""
+        return min(self.count, int(self.per_retain_record * retain_records))
+
+
 class CorpusConfig(Section):
     """What to forget, what to keep, and how both become tokens."""
 
@@ -117,6 +134,8 @@ class CorpusConfig(Section):
     """Longest record in tokens; empty: the model's context."""
     on_long: LongRecords = "error"
     """Records longer than that: ``error``, ``drop`` or ``truncate``."""
+    self_samples: SelfSamplesConfig = SelfSamplesConfig()
+    """Further retain records that the original model writes itself, spread over the retain domains."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ def _batch_generate(
     *,
     max_new_tokens: int,
     device: torch.device | str,
+    sample: bool = False,
 ) -> list[list[int]]:
     from transformers import GenerationConfig
 
@@ -40,7 +41,8 @@ def _batch_generate(
         input_ids[row, length - len(prompt) :] = torch.tensor(prompt.ids)
         attention[row, length - len(prompt) :] = 1
     config = GenerationConfig(
-        do_sample=False,
+        do_sample=sample,
+        top_k=0 if sample else None,
         num_beams=1,
         use_cache=True,
         max_new_tokens=max_new_tokens,
@@ -57,6 +59,42 @@ def _batch_generate(
         model.generation_config = inherited
     generated: list[list[int]] = output[:, length:].tolist()
     return [list(itertools.takewhile(lambda token: token not in stops, ids)) for ids in generated]
+
+
+def sample_continuations(
+    model: PreTrainedModel,
+    prompts: Sequence[Encoded],
+    pad_id: int,
+    stops: Sequence[int],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[tuple[list[int], bool]]:
+    """A continuation of each prompt at temperature 1, and whether one of ``stops`` ended it.
+
+    Drawn with torch's global generator.
+
+    Args:
+        model: from transformers.
+        prompts: none of them empty.
+        pad_id: token to pad with.
+        stops: tokens that end a continuation; they are not part of it.
+        max_new_tokens: at most; fewer where the model's context ends before.
+        batch_size: sequences at a time.
+    """
+    limit = context_length(model.config)
+    found: list[tuple[list[int], bool]] = []
+    with evaluating(model):
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            longest = max(map(len, part))
+            room = max_new_tokens if limit is None else min(max_new_tokens, limit - longest)
+            if room < 1:
+                found += [([], False) for _ in part]
+                continue
+            ids = _batch_generate(model, part, pad_id, stops, max_new_tokens=room, device=model.device, sample=True)
+            found += [(each, len(each) < room) for each in ids]
+    return found
 
 
 def stop_ids(model: PreTrainedModel, encoder: Encoder) -> tuple[int, ...]:
