@@ -8,6 +8,7 @@ retain99 for at most --minutes, measures ROUGE-L of greedy answers on both, and 
     OUT/model/                 the checkpoint
     OUT/retain_trained.jsonl   the retain records it was trained on
     OUT/retain_scored.jsonl    every tenth of them, to score
+    OUT/recipe.yaml            unlearning forget01 on all that, judged with --oracle's model
 
 With --oracle the forget records are left out and the checkpoint goes to OUT/oracle.
 """
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 
 from falcon_unlearn.artifacts import read_jsonl, write_jsonl
 from falcon_unlearn.corpus.batching import PLAIN_TEMPLATE, Encoder
@@ -37,6 +39,7 @@ from falcon_unlearn.evaluation.scoring import score_set
 
 SHAPE = LlamaShape(layers=6, hidden=256, heads=4, mlp=768, context=512)
 VOCABULARY = 4000
+MAX_NEW_TOKENS = 160
 
 
 def data_folder() -> Path:
@@ -88,13 +91,32 @@ def main() -> None:
     scored = retain[::10]
     rouge = {}
     for name, records in (("forget01", forget), ("retain", scored)):
-        scores = score_set(model, encoder, records, name, batch_size=32, max_new_tokens=160, device=torch.device("cpu"))
+        scores = score_set(
+            model, encoder, records, name, batch_size=32, max_new_tokens=MAX_NEW_TOKENS, device=torch.device("cpu")
+        )
         rouge[name] = sum(score.rouge for score in scores) / len(scores)
     target = arguments.out / ("oracle" if arguments.oracle else "model")
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     write_jsonl(arguments.out / "retain_trained.jsonl", retain_rows)
     write_jsonl(arguments.out / "retain_scored.jsonl", retain_rows[::10])
+    recipe = {
+        "model": "model",
+        "corpus": {
+            "forget": str((folder / "forget01.jsonl").resolve()),
+            "retain": "retain_trained.jsonl",
+            "self_samples": {"max_new_tokens": MAX_NEW_TOKENS},
+        },
+        "evaluation": {
+            "forget": str((folder / "forget01_perturbed.jsonl").resolve()),
+            "retain": "retain_scored.jsonl",
+            "oracle": "oracle",
+            "max_new_tokens": MAX_NEW_TOKENS,
+        },
+        "threads": 1,
+        "output": "runs/tofu",
+    }
+    (arguments.out / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")
     print(json.dumps({"records": len(trained), "parameters": parameters, "seconds": round(seconds), "rouge": rouge}))
 
 

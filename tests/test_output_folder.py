@@ -37,7 +37,13 @@ def test_killed_before_the_first_file_had_its_name_the_folder_is_empty(tmp_path,
 def test_resume_removes_what_was_cut_off_and_keeps_what_is_read(tmp_path):
     kept = {MARKER, "scores", "scores/.a.jsonl.partial.tmp", "scores/.b.jsonl.12.tmp", ".other.json.12.tmp", ".x.tmp"}
     write(tmp_path, *kept - {"scores"})
-    write(tmp_path, ".result.json.12.tmp", "scores/.a.jsonl.12.tmp", ".patch.12.tmp/.f.12.tmp", ".trial_a1.tmp/cache")
+    write(
+        tmp_path,
+        ".result.json.0123456789ab.tmp",
+        "scores/.a.jsonl.12.tmp",
+        ".patch.12.tmp/.f.12.tmp",
+        ".trial_a1.tmp/cache",
+    )
     opened(tmp_path, resume=True)
     assert names(tmp_path) == kept
 

@@ -12,7 +12,7 @@ import yaml
 
 from falcon_unlearn.errors import UserError
 
-_UNNAMED = re.compile(r"\.(?P<name>.+)\.(?P<by>\d+|partial)\.tmp")
+_UNNAMED = re.compile(r"\.(?P<name>.+)\.(?P<by>[0-9a-f]{12}|\d+|partial)\.tmp")
 _TRIAL = re.compile(r"\.trial\w+\.tmp")
 
 

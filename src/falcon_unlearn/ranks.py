@@ -250,19 +250,10 @@ def started_together(settings: Mapping[str, Any], device: str) -> Iterator[Ranks
         return
     _take_device(launch, device)
     meeting = _meet(launch, settings, device)
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
-
     watch = _Watch(launch, meeting.beats)
-    with _terminated_is_an_error():
+    with _terminated_is_an_error(), contextlib.ExitStack() as group:
         try:
-            dist.init_process_group(
-                meeting.backend,
-                store=PrefixStore("group", meeting.store),
-                rank=launch.rank,
-                world_size=launch.world,
-                timeout=_COLLECTIVE,
-            )
+            group.enter_context(_process_group(launch, meeting))
             yield Ranks(launch.rank, launch.world, launch.local_world)
         except OtherRankError:
             watch.end(_FAILED)
@@ -296,7 +287,25 @@ def started_together(settings: Mapping[str, Any], device: str) -> Iterator[Ranks
         else:
             watch.end(_DONE)
             watch.wait_for_the_others()
-            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _process_group(launch: Launch, meeting: _Meeting) -> Iterator[None]:
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    store = PrefixStore("group", meeting.store)
+    dist.init_process_group(
+        meeting.backend, store=store, rank=launch.rank, world_size=launch.world, timeout=_COLLECTIVE
+    )
+    try:
+        yield
+    except BaseException:
+        if meeting.backend == "gloo":  # its threads must not outlive the interpreter; NCCL would wait for the others
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 class _TerminatedError(SystemExit):
