@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from falcon_unlearn import cli
 from falcon_unlearn.api import apply_patch, load_recipe, revert_patch, unlearn, verify_patch
 from falcon_unlearn.artifacts import read_jsonl
+from falcon_unlearn.compare import _score_folder, run_plan
 from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.batching import Encoder
 from falcon_unlearn.corpus.records import record_from_row
@@ -19,10 +20,12 @@ from falcon_unlearn.corpus.sources import CorpusConfig, load_corpus
 from falcon_unlearn.earlier import earlier_requests, key_digest, without_forgotten
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.scoring import score_set
+from falcon_unlearn.grid import Plan, load_grid, plan_grid
 from falcon_unlearn.model.ancestry import LEDGER_FILE
 from falcon_unlearn.model.loading import load_causal_lm, load_tokenizer, resolve_model
 from falcon_unlearn.model.patch import ORIGINAL_FILE, PATCH_FILE, apply_stack, read_patch
 from falcon_unlearn.model.patched import load_patched, read_patches, read_stack
+from falcon_unlearn.recipe import recipe_from
 from falcon_unlearn.recompute import recompute_without, stack_on
 from falcon_unlearn.report.curve import sustainability_figure, sustainability_table
 from falcon_unlearn.subjects import ModelRequest, known_model, run_defaults
@@ -493,6 +496,19 @@ def test_recomputing_goes_on_after_an_interruption_and_without_the_first(weeks, 
     assert made[1].ancestry[0].id == made[0].id
 
 
+def test_recomputing_tells_runs_of_one_name_apart(weeks, tmp_path):
+    same_name = [shutil.copytree(run.folder, tmp_path / run.folder.name / "run") for run in weeks]
+    stack = read_stack([folder / "patch" for folder in same_name])
+    runs = recompute_without(stack[0], stack, tmp_path / "new", Console(quiet=True))
+    assert [run.folder for run in runs] == [tmp_path / "new" / "run", tmp_path / "new" / "run-2"]
+    made = [read_patch(run.patch.folder) for run in runs]
+    assert [[below.id for below in patch.ancestry] for patch in made] == [[], [made[0].id]]
+    for run, old in zip(runs, same_name[1:], strict=True):
+        assert load_recipe(run.folder / "recipe.yaml").corpus == load_recipe(old / "recipe.yaml").corpus
+    with pytest.raises(UserError, match=r"--out .*week2: would replace the run .*week2/run; name another"):
+        recompute_without(stack[0], stack, tmp_path / "week2", Console(quiet=True))
+
+
 @pytest.mark.parametrize(
     ("patch", "model", "message"),
     [
@@ -517,6 +533,48 @@ def test_what_cannot_be_recomputed(weeks, checkpoints, call, tmp_path, patch, mo
     assert len(ended.errors) == 1
     assert message in ended.errors[0]
     assert not (tmp_path / "out").exists()
+
+
+# a grid of runs on them
+
+
+def test_runs_share_scores_only_on_the_same_patches(tiny_recipe, weeks, tmp_path):
+    recipe = recipe_from(week_recipe(tiny_recipe, tmp_path, 3))
+    copied = shutil.copytree(weeks[0].folder, tmp_path / "copied")
+    bare, first, second, copy = (
+        _score_folder(Plan(tmp_path, (), (0,)), recipe.model_copy(update={"after": tuple(map(str, after))}))
+        for after in ([], [weeks[0].folder], [weeks[1].folder], [copied])
+    )
+    assert first == copy
+    assert len({bare, first, second}) == 3
+
+
+def test_a_grid_scores_the_model_that_lies_below_and_no_other(tiny_recipe, weeks, tmp_path):
+    recipe = week_recipe(tiny_recipe, tmp_path, 1)
+    (tmp_path / "base.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    path = tmp_path / "grid.yaml"
+
+    def table(after):
+        shared = {"training.steps": 2, **({"after": after} if after else {})}
+        grid = {"base": "base.yaml", "output": str(tmp_path / "out"), "seeds": [0], "shared": shared}
+        path.write_text(json.dumps({**grid, "cells": {"a": {}}}), encoding="utf-8")
+        return run_plan(plan_grid(load_grid(path), path, Console(quiet=True)), Console(quiet=True)).rows
+
+    other = unlearn({**recipe, "seed": 1, "training": {"steps": 3, "modules": "mlp"}})
+    shutil.copytree(other.folder, tmp_path / "below")
+    expected = {
+        "": weeks[0].metrics["before"],
+        str(weeks[0].folder): weeks[0].metrics["after"],
+        "below": other.metrics["after"],  # beside the base recipe
+    }
+    for after, metrics in expected.items():  # all in one output folder
+        before = next(row for row in table(after) if row.name == "before")
+        for measure in ("forget_probability", "model_utility"):
+            assert before.values[measure] == pytest.approx([getattr(metrics, measure)])
+    shutil.rmtree(tmp_path / "below")
+    shutil.copytree(weeks[0].folder, tmp_path / "below")  # another patch where the other one was
+    (row,) = table("below")
+    assert row.failed[0].startswith("after: not what the run in")
 
 
 # the curve

@@ -108,6 +108,7 @@ def test_mistakes_in_a_grid_are_named_where_they_stand(tmp_path, text, message):
         ("method: {name: flacon}", r"grid.yaml:2: cells.a: method: .*did you mean 'falcon'"),
         ("training.stpes: 3", r"cells.a: training.stpes.*did you mean 'steps'"),
         ("seed: 3", r"grid.yaml:2: cells.a: seed is the same for all cells"),
+        ("after: runs/week1", r"cells.a: after is the same for all cells"),
         ("evaluation.oracle: x", r"cells.a: evaluation is the same for all cells"),
         ("corpus: {forget: x}", r"cells.a: corpus.forget is the same for all cells"),
         ("search: {training.stpes: {choices: [3]}}", r"cells.a: training.stpes.*did you mean 'steps'"),
@@ -167,6 +168,7 @@ def test_every_cell_scores_the_same_facts_and_differs_in_its_own_keys_only(tmp_p
     recipe = b.recipe(b.final[7], {}, tmp_path / "run")
     assert (recipe.seed, recipe.method.name, recipe.training.steps) == (7, "rmu", 3)
     assert a.recipe(a.final[0], {"method.retain_weight": 1.5}, tmp_path / "run").method.retain_weight == 1.5
+    assert [a.recipe(raw, {}, tmp_path).evaluation.earlier for raw in (a.trial[3], a.final[0])] == [False, True]
     # What is trained on is the same for trials and runs; what is scored has no record in common.
     assert a.trial[3]["corpus"] == a.final[0]["corpus"]
     for name in ("forget", "retain"):

@@ -10,6 +10,7 @@ from falcon_unlearn.artifacts import read_jsonl
 from falcon_unlearn.corpus.batching import Encoder
 from falcon_unlearn.corpus.records import Record, record_from_row
 from falcon_unlearn.corpus.sources import SelfSamplesConfig, load_corpus
+from falcon_unlearn.errors import UserError
 from falcon_unlearn.recipe import recipe_from
 from falcon_unlearn.self_samples import forbidden_in, self_samples
 from falcon_unlearn.stages import encode_corpus, with_self_samples
@@ -41,6 +42,17 @@ def test_none_of_them_is_about_what_is_to_be_forgotten(written):
     names = {row["entity"] for row in FORGET_ROWS}
     assert len(written) > 20
     assert not [record for record in written if any(name in text_of(record) for name in names)]
+
+
+def test_a_forget_record_itself_is_left_out_whatever_its_words(model, encoder, written):
+    one = written[0]
+    again = self_samples(model, encoder, FEW, [*FORGET, Record("qa", one.prompt, one.answer, "")], RETAIN, seed=0)
+    assert one.key not in {record.key for record in again}
+    # Where all its words stand in retain records too, nothing else goes.
+    told = [*RETAIN, Record("text", "", f"{one.prompt} {one.answer}", "")]
+    exact = self_samples(model, encoder, FEW, [Record("qa", one.prompt, one.answer, "")], told, seed=0)
+    assert exact
+    assert one.key not in {record.key for record in exact}
 
 
 def test_without_the_filter_some_would_be(model, encoder):
@@ -155,6 +167,40 @@ def test_samples_that_are_there_are_read_and_not_written_again(tiny_recipe, tmp_
     found = with_self_samples(recipe, pytest.fail, corpus, encoder, path)
     kinds = [Record("qa", "Who?", "Me.", ""), Record("text", "", "I am.", "")]
     assert found.retain["retain"][len(RETAIN_ROWS) :] == [encoder.encode(record) for record in kinds]
+
+
+def test_what_earlier_requests_forgot_is_left_out(tiny_recipe, tmp_path, model, encoder, written):
+    recipe = recipe_from(tiny_recipe({"corpus": SAMPLED}, tmp_path / "run"))
+    corpus = encode_corpus(recipe, load_corpus(recipe.corpus, tmp_path), encoder, model.config)
+
+    def keys(name, **options):
+        with_self_samples(recipe, lambda: model, corpus, encoder, tmp_path / name, **options)
+        return [record_from_row(row, "").key for row in read_jsonl(tmp_path / name)]
+
+    everything = keys("all.jsonl")
+    gone = everything[:3]
+    assert keys("digests.jsonl", forgotten=lambda record: record.key in gone) == everything[3:]
+    by_text = keys("records.jsonl", earlier=[Record("qa", *gone[0], "")])
+    assert gone[0] not in by_text
+    assert set(by_text) < set(everything)
+
+
+def test_out_of_memory_names_the_key_to_lower(tiny_recipe, tmp_path, model, encoder, monkeypatch):
+    def full(*rest, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recipe = recipe_from(tiny_recipe({"corpus": SAMPLED}, tmp_path / "run"))
+    corpus = encode_corpus(recipe, load_corpus(recipe.corpus, tmp_path), encoder, model.config)
+    monkeypatch.setattr("falcon_unlearn.stages.self_samples", full)
+    with pytest.raises(UserError, match=r"corpus\.self_samples; lower its batch_size"):
+        with_self_samples(recipe, lambda: model, corpus, encoder, tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_streamed_prefix_leaves_no_model_to_write_with(tiny_recipe, tmp_path):
+    changes = {"method": {"preset": "layer"}, "training": {"streaming": "always"}, "corpus": SAMPLED}
+    with pytest.raises(UserError, match=r"corpus\.self_samples need the whole model"):
+        recipe_from(tiny_recipe(changes, tmp_path / "run"))
 
 
 def test_without_samples_the_corpus_is_the_same_and_no_model_is_asked(tiny_recipe, tmp_path, model, encoder):

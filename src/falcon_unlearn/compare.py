@@ -36,6 +36,7 @@ import torch
 
 from falcon_unlearn.artifacts import Metrics, read_jsonl, to_plain, write_bytes, write_json
 from falcon_unlearn.console import Console
+from falcon_unlearn.earlier import earlier_requests
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.grid import CellPlan, Plan, digest
 from falcon_unlearn.pipeline import Interrupted, run_recipe
@@ -152,7 +153,9 @@ def _score_folder(plan: Plan, recipe: Recipe) -> Path:
     """Where the scores of the models before and of the oracle are kept for all runs that would find the same ones."""
     sections = {"model", "evaluation", "seed", "dtype", "device", "threads", "trust_remote_code"}
     parts = recipe.model_dump(mode="json", include=sections | {"attacks"})
-    return plan.path("shared", digest([plan.weights, parts, recipe.corpus.template, recipe.corpus.plain_template])[:16])
+    templates = (recipe.corpus.template, recipe.corpus.plain_template)
+    below = [request.patch.id for request in earlier_requests(recipe.after)]
+    return plan.path("shared", digest([plan.weights, parts, *templates, *below])[:16])
 
 
 def _run(plan: Plan, recipe: Recipe, *, own_folder: bool) -> Mapping[str, Metrics | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -160,6 +161,18 @@ def earlier_requests(after: Sequence[str]) -> tuple[EarlierRequest, ...]:
         )
     by_id = {patch.id: patch for patch in stack}
     return tuple(EarlierRequest(number, by_id[name]) for number, name in enumerate(line, start=1))
+
+
+def forgotten_before(requests: Sequence[EarlierRequest]) -> tuple[list[Record], frozenset[str]]:
+    """Forget records of ``requests``, and :func:`key_digest` of all, as far as either is still there."""
+    records: list[Record] = []
+    digests: frozenset[str] = frozenset()
+    for request in requests:
+        with contextlib.suppress(UserError):
+            digests |= request.digests()
+        with contextlib.suppress(UserError):
+            records += [record for found in request.forget_records().values() for record in found]
+    return records, digests
 
 
 def without_forgotten(corpus: Corpus, requests: Sequence[EarlierRequest]) -> tuple[Corpus, list[str]]:

@@ -884,10 +884,12 @@ def _extraction(inputs: _Inputs, whole: PreTrainedModel, sample: Sequence[Encode
         trust_remote_code=recipe.trust_remote_code,
     )
     unused = tensor_bytes(whole) - tensor_bytes(used)
+    at_once = min(recipe.threads or torch.get_num_threads(), len(batches)) if inputs.device == "cpu" else 1
+    peak = tensor_bytes(used) + at_once * (extraction_peak(used, shape) - tensor_bytes(used))
     means = rows * len(inputs.candidates) * text_config(inputs.config).hidden_size * 4
     return StageEstimate(
         "layer selection: activations",
-        unused + extraction_peak(used, shape) + (means if inputs.device == "cpu" else 0),
+        unused + peak + (means if inputs.device == "cpu" else 0),
         _forward_flops(batches, layers_flops(used)),
         0,
         f"{rows} records once; {uncounted} is not counted",

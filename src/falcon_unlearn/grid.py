@@ -23,6 +23,7 @@ from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.fictional import build_world
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import content_hash, load_corpus
+from falcon_unlearn.earlier import earlier_requests
 from falcon_unlearn.errors import UserError, did_you_mean
 from falcon_unlearn.model.shards import fingerprint
 from falcon_unlearn.presets import deep_merge
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 _SPLIT_SEED = 0
-_SHARED_BY_ALL = ("model", "output", "seed", "evaluation")
+_SHARED_BY_ALL = ("model", "after", "output", "seed", "evaluation")
 _CELL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
@@ -289,7 +290,7 @@ class Plan:
     trials: int = 0
     validation_share: float | None = None
     weights: str = ""
-    """Hash of the models of a recipe base, which may be trained anew under the same path."""
+    """Hash of the models of a recipe base and of the patches below, which may be made anew under the same path."""
 
     def path(self, *parts: str) -> Path:
         """Below the output folder."""
@@ -353,28 +354,36 @@ def plan_grid(grid: Grid, grid_path: Path, console: Console) -> Plan:
         CellPlan(name, finals[name], trials[name], cell.search, base_dir) for name, cell in grid.cells.items()
     )
     trials_of_each = grid.tuning.trials if searched else 0
-    weights = "" if grid.base == EMBEDDED else _weights(finals, base_dir)
+    weights = _weights(finals, base_dir, embedded=grid.base == EMBEDDED)
     return Plan(output, cells, tuple(dict.fromkeys(grid.seeds)), trials_of_each, share, weights)
 
 
 def _without_extras(judged: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial is judged by S alone: no oracle, no suites, no attacks, no trackers, no generations in the report."""
+    """A trial is judged by S alone: no oracle, no suites or earlier sets, no attacks, no trackers, no generations."""
     evaluation = {key: value for key, value in judged.get("evaluation", {}).items() if key not in {"oracle", "suites"}}
     kept = {key: value for key, value in judged.items() if key not in {"attacks", "trackers"}}
-    return lay_over(kept | {"evaluation": evaluation}, {"report.samples": 0})
+    return lay_over(kept | {"evaluation": evaluation}, {"report.samples": 0, "evaluation.earlier": False})
 
 
-def _weights(finals: Mapping[str, Mapping[int, Mapping[str, Any]]], base_dir: Path) -> str:
-    """Hash of every local model and oracle that the runs name."""
+def _weights(finals: Mapping[str, Mapping[int, Mapping[str, Any]]], base_dir: Path, *, embedded: bool) -> str:
+    """Hash of every local model and oracle that the runs name, and of the patches they stand on.
+
+    Empty for embedded models alone: their seed says what they are.
+
+    Raises:
+        UserError: what ``after`` names is not there, or no patch.
+    """
+    runs = [raw for recipes in finals.values() for raw in recipes.values()]
+    after = runs[0].get("after") or ()  # the same for all
+    named = [after] if isinstance(after, str) else after
+    requests = earlier_requests([str(path if (path := base_dir / name).exists() else name) for name in named])
+    if embedded and not requests:
+        return ""
     names = {
-        str(name)
-        for recipes in finals.values()
-        for raw in recipes.values()
-        for name in (raw.get("model"), (raw.get("evaluation") or {}).get("oracle"))
-        if name
+        str(name) for raw in runs for name in (raw.get("model"), (raw.get("evaluation") or {}).get("oracle")) if name
     }
     folders = sorted(path for name in names if (path := base_dir / name).is_dir())
-    return digest([fingerprint(folder) for folder in folders])
+    return digest([*map(fingerprint, folders), *(request.patch.id for request in requests)])
 
 
 def _check_cells(grid: Grid, grid_path: Path, output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,15 @@ from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.batching import Encoded, Encoder
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, content_hash, load_corpus, load_records
-from falcon_unlearn.earlier import FORGOTTEN, earlier_requests, forgotten_digests, open_earlier, without_forgotten
+from falcon_unlearn.earlier import (
+    FORGOTTEN,
+    earlier_requests,
+    forgotten_before,
+    forgotten_digests,
+    key_digest,
+    open_earlier,
+    without_forgotten,
+)
 from falcon_unlearn.engine.trainer import CheckpointPlan, InterruptedTrainingError
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.evaluation.metrics import FORGET_SET, compute_metrics
@@ -372,15 +380,9 @@ def _train(inputs: _Inputs, folder: RunFolder, selection: LayerSelection, *, res
     # What is to lie on several devices may be too large for one.
     source = inputs.source if ranks.world == 1 else replace(inputs.source, device=torch.device("cpu"))
     loaded = load_causal_lm(source) if whole else None
-    encoded = ranks.after_first(
-        lambda: with_self_samples(
-            recipe,
-            lambda: load_causal_lm(inputs.source) if loaded is None else loaded,
-            inputs.encoded,
-            inputs.encoder,
-            folder / SELF_SAMPLES,
-        )
-    )
+    writer = loaded if source.device == inputs.source.device else None
+    encoded = ranks.after_first(lambda: _with_self_samples(inputs, folder, writer))
+    gc.collect()
     if kept := sum(map(len, encoded.retain.values())) - sum(map(len, inputs.encoded.retain.values())):
         inputs.console.say(f"retain: {kept} more records, written by the model itself")
     if loaded is not None:
@@ -435,7 +437,7 @@ def _write_trained(
         recipe.model,
         {
             "recipe": recipe.model_dump(mode="json"),
-            "data": dict(inputs.corpus.hashes),
+            "data": {**inputs.corpus.hashes, **_hash_of_samples(folder)},
             "model_fingerprint": fingerprint(inputs.source.folder, inputs.on_disk),
             "layers": list(selection.layers),
             "seed": recipe.seed,
@@ -446,12 +448,30 @@ def _write_trained(
     )
 
 
+def _with_self_samples(inputs: _Inputs, folder: RunFolder, loaded: PreTrainedModel | None) -> EncodedCorpus:
+    earlier, digests = forgotten_before(earlier_requests(inputs.recipe.after))
+    return with_self_samples(
+        inputs.recipe,
+        lambda: load_causal_lm(inputs.source) if loaded is None else loaded,
+        inputs.encoded,
+        inputs.encoder,
+        folder / SELF_SAMPLES,
+        earlier=earlier,
+        forgotten=lambda record: key_digest(record) in digests,
+    )
+
+
+def _hash_of_samples(folder: RunFolder) -> dict[str, str]:
+    path = folder / SELF_SAMPLES
+    return {"self_samples": hashlib.sha256(path.read_bytes()).hexdigest()} if path.exists() else {}
+
+
 def _is_streamed(inputs: _Inputs, selection: LayerSelection) -> bool:
     """Whether the frozen layers run one at a time: as the recipe says, or because they do not fit into free memory."""
     training = inputs.recipe.training
     if training.streaming != "auto" or training.cache == "never" or not selection.layers[0]:
         return training.streaming == "always"
-    return _size_in_memory(inputs) > _room(inputs.source.device)
+    return _size_in_memory(inputs) > _room(inputs)
 
 
 @dataclass(frozen=True)
@@ -485,7 +505,7 @@ def _scored(inputs: _Inputs, folder: RunFolder, name: str, load: Callable[[], Pr
     suites: dict[str, Rows] = {}
     for suite_name, suite in inputs.suites.items():
         stem = folder / "scores" / f"{name}.{suite_name}"
-        rows = inputs.ranks.on_first(partial(read_suite, suite, stem))
+        rows = inputs.ranks.on_first(functools.partial(read_suite, suite, stem))
         if rows is None:
             with inputs.timed(f"{suite_name}_{name}"):
                 subject = Subject(model(), inputs.encoder, inputs.recipe.evaluation.batch_size, name)
@@ -516,7 +536,7 @@ def _select(
                         inputs.ranks,
                     ),
                 )
-        selection = inputs.ranks.on_first(partial(_written, folder, selection))
+        selection = inputs.ranks.on_first(functools.partial(_written, folder, selection))
     inputs.console.say(f"layers {', '.join(map(str, selection.layers))} ({selection.selector})")
     return selection
 
@@ -531,7 +551,7 @@ def _means(inputs: _Inputs, folder: RunFolder, model: Callable[[], PreTrainedMod
     settings, batch_size = inputs.recipe.selection, inputs.recipe.evaluation.batch_size
     streaming = settings.streaming == "always"
     if settings.streaming == "auto" and settings.selector not in WHOLE_MODEL_SELECTORS and not resident:
-        streaming = _size_in_memory(inputs) > _room(inputs.source.device)
+        streaming = _size_in_memory(inputs) > _room(inputs)
     if not streaming:
         return resident_means(model(), inputs.encoded, batch_size)
     fair = free_memory() / 4 / inputs.ranks.local_world
@@ -547,10 +567,11 @@ def _size_in_memory(inputs: _Inputs) -> int:
     return sum(math.prod(span.shape) * width if width else span.size for span in spans)
 
 
-def _room(device: torch.device) -> int:
+def _room(inputs: _Inputs) -> int:
+    device = inputs.source.device
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return free_memory()
+    return free_memory() // inputs.ranks.local_world
 
 
 def _before_and_selection(inputs: _Inputs, folder: RunFolder) -> tuple[_Scored | None, LayerSelection]:
@@ -741,7 +762,7 @@ def select_layers_of(
     with computing_with(recipe.threads), _trackers(recipe, console, ranks) as trackers:
         inputs, folder, _ = _begin(recipe, console, trackers, ranks, resume=resume, overwrite=overwrite)
         try:
-            selection = _select(inputs, folder, lambda: load_causal_lm(inputs.source))
+            selection = _select(inputs, folder, functools.cache(lambda: load_causal_lm(inputs.source)))
         except KeyboardInterrupt as stop:
             raise Interrupted(f"stopped; nothing was selected yet, {folder.path} can be resumed") from stop
         ranks.on_first(lambda: _write_provenance(inputs, folder, started))

@@ -50,11 +50,11 @@ class SelectionConfig(Section):
     max_candidates: int = Field(8, ge=1)
     """Where candidates is empty."""
     streaming: Literal["auto", "always", "never"] = "auto"
-    """mutual_information: hold one layer in memory at a time; auto: where the model is larger than the free memory."""
+    """Selectors that look at activations: hold one layer in memory at a time; auto: where the model does not fit."""
     streaming_gb: float | None = Field(None, ge=0)
     """streaming: memory for hidden states, beyond which they lie on disk; empty: a quarter of the free memory."""
     show_mutual_information: bool = True
-    """Estimate mutual information and its nulls too when the sweep chooses."""
+    """Estimate mutual information and its nulls too where another selector chooses."""
     sample: int = Field(96, ge=4)
     """At most so many records of each side for domain_information, probe_error, mmd and gradient_conflict."""
     sweep: SweepConfig = SweepConfig()
@@ -159,6 +159,10 @@ class Recipe(Section):
                 f"training.streaming is always, but {self.method.name} ({self.method.preset}) runs the whole model: "
                 "take a method on one layer's activations, such as falcon with preset layer"
             )
+        if self.training.streaming == "always" and self.corpus.self_samples.count:
+            raise ValueError(
+                "training.streaming is always, but corpus.self_samples need the whole model: set count to 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -177,7 +181,7 @@ class Recipe(Section):
             what = "trains and scores" if self.selection.selector == "sweep" else "takes gradients of"
             raise ValueError(
                 f"selection.streaming is always, but the {self.selection.selector} {what} the whole model: "
-                "use selector mutual_information, or name the layers"
+                "use a selector that looks at activations, such as mutual_information, or name the layers"
             )
         return self
 

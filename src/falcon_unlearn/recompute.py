@@ -45,8 +45,9 @@ def stack_on(model: str) -> tuple[Patch, ...]:
 def recompute_without(patch: Patch, stack: Sequence[Patch], out: Path, console: Console) -> list[Run]:
     """Run the requests above ``patch`` again, each after those that remain below it.
 
-    The runs go to ``out``, under the names of the run folders they repeat; where some of them are there already, this
-    goes on from them. Nothing else is changed.
+    The runs go to ``out``, under the names of the run folders they repeat (of two of one name, ``week2/run`` and
+    ``week3/run``, the second is ``run-2``); where some of them are there already, this goes on from them. Nothing else
+    is changed.
 
     Args:
         patch: what is taken out.
@@ -67,22 +68,34 @@ def recompute_without(patch: Patch, stack: Sequence[Patch], out: Path, console: 
         raise UserError(f"{patch.folder}: nothing stands on it: revert it without --recompute")
     later = [EarlierRequest(number, below) for number, below in enumerate(stack[place + 1 :], start=place + 2)]
     remaining = [str(below.folder.resolve()) for below in stack[:place]]
-    recipes = [_recipe_of(request, out) for request in later]  # all of them are found wanting before the first runs
+    # All of them are found wanting before the first runs.
+    recipes = [_recipe_of(request, output) for request, output in zip(later, _outputs(later, out), strict=True)]
     runs = []
     for request, recipe in zip(later, recipes, strict=True):
-        console.say(f"again without {patch.folder.parent.name}: {request.folder.name}, in {recipe.output}")
+        console.say(f"again without {patch.folder.parent.name}: {request.folder}, in {recipe.output}")
         again = recipe.model_copy(update={"after": tuple(remaining)})
         runs.append(run_recipe(again, resume=True, console=console))
         remaining.append(str(runs[-1].patch.folder.resolve()))
     return runs
 
 
-def _recipe_of(request: EarlierRequest, out: Path) -> Recipe:
+def _outputs(requests: Sequence[EarlierRequest], out: Path) -> list[Path]:
+    folder = out.expanduser().resolve()
+    outputs: list[Path] = []
+    for request in requests:
+        name = request.folder.name
+        names = (name, *(f"{name}-{n}" for n in range(2, len(requests) + 1)))
+        outputs.append(next(folder / name for name in names if folder / name not in outputs))
+    old = {request.folder.resolve() for request in requests}
+    replaced = next((output for output in outputs if output in old), None)
+    if replaced is not None:
+        raise UserError(f"--out {out}: would replace the run {replaced}; name another folder")
+    return outputs
+
+
+def _recipe_of(request: EarlierRequest, output: Path) -> Recipe:
     path = request.folder / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{request.patch.folder}: its run folder is needed to make it again, and has no recipe.yaml")
     request.forget_records()
-    output = (out / request.folder.name).expanduser().resolve()
-    if output == request.folder.resolve():
-        raise UserError(f"--out {out}: would replace the run {request.folder}; name another folder")
     return load_recipe(path).model_copy(update={"output": str(output)})

@@ -5,7 +5,8 @@ divergence of the updated model from the original one on whatever the original o
 first, from what stands before a question in the template (as in Magpie: Xu et al., ICLR 2025, arXiv 2406.08464), then
 their answers; where the retain records are plain text, text from the beginning of a sequence.
 
-A sample is left out where it names a forget entity, or has a word that forget records have and no retain record has.
+A sample is left out where it names a forget entity, has a word that forget records have and no retain record has, or
+is a forget record itself.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ def self_samples(
         seed: they depend on this, the model and the number at a time.
     """
     questions = any(record.kind in {"qa", "chat"} for record in retain)
-    forbidden = forbidden_in(forget, retain)
+    forbidden, forgotten = forbidden_in(forget, retain), {record.key for record in forget}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         texts = (_questions if questions else _texts)(model, encoder, config, config.wanted(len(retain)))
     kept: dict[tuple[str, str], Record] = {}
     for prompt, answer in texts:
         record = Record("qa" if questions else "text", prompt, answer, f"self-sample {len(kept)}")
-        if not forbidden(f"{prompt} {answer}"):
+        if record.key not in forgotten and not forbidden(f"{prompt} {answer}"):
             kept.setdefault(record.key, record)
     return tuple(kept.values())
 

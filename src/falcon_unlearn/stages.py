@@ -142,7 +142,14 @@ def encode_corpus(recipe: Recipe, corpus: Corpus, encoder: Encoder, config: PreT
 
 
 def with_self_samples(
-    recipe: Recipe, model: Callable[[], PreTrainedModel], encoded: EncodedCorpus, encoder: Encoder, path: Path
+    recipe: Recipe,
+    model: Callable[[], PreTrainedModel],
+    encoded: EncodedCorpus,
+    encoder: Encoder,
+    path: Path,
+    *,
+    earlier: Sequence[Record] = (),
+    forgotten: Callable[[Record], bool] = lambda _: False,
 ) -> EncodedCorpus:
     """The corpus for training: each retain domain with its part of the records that the model writes itself.
 
@@ -152,6 +159,11 @@ def with_self_samples(
         encoded: the corpus; what it says about the samples' records and groups stays as it was.
         encoder: of this model.
         path: JSON lines; read where it is there, else written.
+        earlier: forget records of earlier requests, which samples must not be about either.
+        forgotten: whether a record was forgotten earlier.
+
+    Raises:
+        UserError: memory does not suffice.
     """
     config = recipe.corpus.self_samples
     if not config.wanted(sum(map(len, encoded.retain.values()))):
@@ -163,7 +175,10 @@ def with_self_samples(
             [record for name, found in encoded.records.items() if name.startswith(side) for record in found]
             for side in ("forget.", "retain.")
         ]
-        records = list(self_samples(model(), encoder, config, *sides, seed=recipe.seed))
+        original = model()
+        with _memory_errors("for corpus.self_samples; lower its batch_size, or set its count to 0"):
+            written = self_samples(original, encoder, config, [*sides[0], *earlier], sides[1], seed=recipe.seed)
+        records = [record for record in written if not forgotten(record)]
         rows = [{"question": r.prompt, "answer": r.answer} if r.prompt else {"text": r.answer} for r in records]
         write_jsonl(path, rows)
     limit = min(report.limit for report in encoded.lengths.values())
@@ -304,9 +319,18 @@ def _at_once(training: TrainingConfig) -> int:
     return min(training.micro_batch_size or training.batch_size, training.batch_size)
 
 
+_OF_TRAINING = (
+    "before or between training steps; lower training.micro_batch_size or corpus.max_length, "
+    "train fewer layers or modules, or use dtype bfloat16"
+)
+
+
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def _memory_errors(advice: str = _OF_TRAINING) -> Iterator[None]:
     """Where no smaller batch can be tried, running out of memory is one line.
+
+    Args:
+        advice: where it was, and what to do.
 
     Raises:
         UserError: in place of the allocator's error.
@@ -316,10 +340,7 @@ def _memory_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            "out of memory before or between training steps; lower training.micro_batch_size or corpus.max_length, "
-            "train fewer layers or modules, or use dtype bfloat16"
-        ) from error
+        raise UserError(f"out of memory {advice}") from error
 
 
 Means = Callable[[Sequence[Encoded], Sequence[int]], list[Tensor]]
@@ -574,7 +595,8 @@ def _sweep(
             masters = decoder.masters()
             try:
                 with tempfile.TemporaryDirectory(prefix=".trial", suffix=".tmp", dir=spill) as folder:
-                    kept = CachePlan(Path(folder) / "activations", resume=False, say=lambda _: None)
+                    spill_file = Path(folder) / "activations"
+                    kept = CachePlan(spill_file, resume=False, say=lambda _: None, processes=ranks.local_world)
                     _train(recipe, trial_training, decoder, masters, data, loss_mask=encoded.loss_mask, cache=kept)
                 with replaced(model, masters):
                     after = {side: probability(side) for side in held}
@@ -728,7 +750,11 @@ def _train(
     if complete and own_model:
         decoder.release()
     if kept is not None:
-        data = dataclasses.replace(data, ahead=kept.fetch_ahead)
+
+        def own_rows(batches: Sequence[Sequence[Encoded]], device: torch.device) -> None:
+            kept.fetch_ahead([batch[ranks.rows(len(batch))] for batch in batches], device)
+
+        data = dataclasses.replace(data, ahead=own_rows)
     setup = Setup(decoder, data.first_batches(_at_once(training)), loss_mask, recipe.seed)
     method: Method = entry_of(recipe.method).build(recipe.method, setup)
     train(

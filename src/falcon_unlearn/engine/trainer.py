@@ -106,7 +106,7 @@ class TrainingData:
         return [record for side in (self.forget, self.retain) for records in side.values() for record in records]
 
     def repeated(self, steps: int, batch_size: int) -> list[Encoded]:
-        """The records of every domain that ``steps`` go through more than once, and whether that is all there are."""
+        """The records of every domain that ``steps`` go through more than once."""
         result: list[Encoded] = []
         for side in (self.forget, self.retain):
             for position, records in enumerate(side.values()):
