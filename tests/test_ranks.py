@@ -112,7 +112,9 @@ def alike(one, many, name):
         if ours["retain_grad_norm"] > 1e-6:  # of rounding, signs are rounding
             keys.append("conflicts")
         for key in keys:
-            assert theirs[key] == pytest.approx(ours[key], rel=1e-6, abs=1e-6), (name, ours["step"], key)
+            # A norm is no mean: what cancels in the gradient does not in its rounding.
+            near = 1e-5 if key.endswith("norm") else 1e-6
+            assert theirs[key] == pytest.approx(ours[key], rel=near, abs=near), (name, ours["step"], key)
 
 
 def training_jobs(tiny_recipe, folder, world):
