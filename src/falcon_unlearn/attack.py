@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
-from falcon_unlearn.artifacts import write_bytes
 from falcon_unlearn.attack_runs import (
     RESULTS_FILE,
     SAMPLES_FOLDER,
@@ -26,7 +24,7 @@ from falcon_unlearn.console import Console, in_columns, number
 from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import SourceConfig, content_hash, load_records
 from falcon_unlearn.errors import UserError
-from falcon_unlearn.output_folder import open_output
+from falcon_unlearn.output_folder import begin_output
 from falcon_unlearn.ranks import ALONE, Ranks
 from falcon_unlearn.recipe import apply_overrides, validated
 from falcon_unlearn.subjects import KnownModel, ModelRequest, computing_with, known_model, raw_request
@@ -170,9 +168,8 @@ def _attack(request: AttackRequest, console: Console, ranks: Ranks, *, resume: b
     known = _models(request)
     folder = Path(request.output).expanduser().resolve()
     settings = _settings(request, data, known)
-
-    def start() -> None:
-        open_output(
+    ranks.on_first(
+        lambda: begin_output(
             folder,
             SETTINGS_FILE,
             what="attack",
@@ -182,9 +179,7 @@ def _attack(request: AttackRequest, console: Console, ranks: Ranks, *, resume: b
             resume=resume,
             overwrite=overwrite,
         )
-        write_bytes(folder / SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
-
-    ranks.on_first(start)
+    )
     if ORIGINAL not in known:
         console.say("without the original model (--original) there is no scale to say how much came back")
     results = run_battery(

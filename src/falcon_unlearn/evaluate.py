@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from falcon_unlearn.artifacts import SuiteResult, write_bytes, write_json
+from falcon_unlearn.artifacts import SuiteResult, write_json
 from falcon_unlearn.console import Console, in_columns, number
 from falcon_unlearn.errors import UserError, did_you_mean
 from falcon_unlearn.evaluation.suite import Rows, Subject, Suite
 from falcon_unlearn.evaluation.suites import SUITES, SuitesConfig, open_suites
-from falcon_unlearn.output_folder import open_output
+from falcon_unlearn.output_folder import begin_output
 from falcon_unlearn.ranks import ALONE, Ranks
 from falcon_unlearn.recipe import apply_overrides, validated
 from falcon_unlearn.subjects import KnownModel, ModelRequest, computing_with, known_model, raw_request, settings_of
@@ -121,9 +119,8 @@ def _evaluate(
         known["oracle"] = known_model(request, request.oracle, "--oracle")
     folder = Path(request.output).expanduser().resolve()
     settings = _settings(request, suites, known)
-
-    def start() -> None:
-        open_output(
+    ranks.on_first(
+        lambda: begin_output(
             folder,
             SETTINGS_FILE,
             what="evaluation",
@@ -133,9 +130,7 @@ def _evaluate(
             resume=resume,
             overwrite=overwrite,
         )
-        write_bytes(folder / SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
-
-    ranks.on_first(start)
+    )
     rows = {
         which: _score(model, suites, request.batch_size, folder / "scores" / which, console, ranks=ranks)
         for which, model in known.items()

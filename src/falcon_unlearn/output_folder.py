@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from falcon_unlearn.artifacts import write_bytes
 from falcon_unlearn.errors import UserError
 
 _UNNAMED = re.compile(r"\.(?P<name>.+)\.(?P<by>[0-9a-f]{12}|\d+|partial)\.tmp")
@@ -67,6 +68,31 @@ def open_output(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: {path} cannot be created ({error.strerror})") from error
+
+
+def begin_output(
+    path: Path,
+    marker: str,
+    *,
+    what: str,
+    is_ours: Callable[[Path], bool],
+    settings: Mapping[str, Any],
+    not_compared: Sequence[str],
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """:func:`open_output`, with ``settings`` written to ``marker`` as YAML."""
+    open_output(
+        path,
+        marker,
+        what=what,
+        is_ours=is_ours,
+        settings=settings,
+        not_compared=not_compared,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    write_bytes(path / marker, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
 
 
 def _remove(path: Path, present: Sequence[str], what: str, is_ours: Callable[[Path], bool]) -> None:

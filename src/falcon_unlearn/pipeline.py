@@ -39,6 +39,7 @@ from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, content_hash, load_corpus, load_records
 from falcon_unlearn.earlier import (
     FORGOTTEN,
+    EarlierRequest,
     earlier_requests,
     forgotten_before,
     forgotten_digests,
@@ -146,6 +147,7 @@ class _Inputs:
     on_disk: Mapping[str, Any]  # tensors in use, or all: name on disk -> span
     console: Console
     trackers: Tracking
+    earlier: Sequence[EarlierRequest]
     ranks: Ranks = ALONE
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -239,6 +241,7 @@ def _read_inputs(recipe: Recipe, console: Console, trackers: Tracking) -> _Input
         on_disk,
         console,
         trackers,
+        earlier,
     )
 
 
@@ -449,7 +452,7 @@ def _write_trained(
 
 
 def _with_self_samples(inputs: _Inputs, folder: RunFolder, loaded: PreTrainedModel | None) -> EncodedCorpus:
-    earlier, digests = forgotten_before(earlier_requests(inputs.recipe.after))
+    earlier, digests = forgotten_before(inputs.earlier)
     return with_self_samples(
         inputs.recipe,
         lambda: load_causal_lm(inputs.source) if loaded is None else loaded,

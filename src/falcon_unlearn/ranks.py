@@ -25,7 +25,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from falcon_unlearn.errors import UserError
+from falcon_unlearn.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,15 +174,7 @@ ALONE = Ranks()
 
 
 def _kind(error: Exception) -> str:
-    import torch
-
-    text = str(error)
-    memory = ("can't allocate memory", "not enough memory", "backend out of memory", "out of memory on another rank")
-    return (
-        "memory"
-        if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in memory)
-        else type(error).__name__
-    )
+    return "memory" if is_out_of_memory(error) else type(error).__name__
 
 
 @dataclass(frozen=True)

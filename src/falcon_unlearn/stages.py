@@ -46,10 +46,9 @@ from falcon_unlearn.engine.trainer import (
     InterruptedTrainingError,
     TrainingConfig,
     TrainingData,
-    is_out_of_memory,
     train,
 )
-from falcon_unlearn.errors import UserError
+from falcon_unlearn.errors import UserError, is_out_of_memory
 from falcon_unlearn.evaluation.log_probabilities import answer_log_probabilities
 from falcon_unlearn.evaluation.metrics import FORGET_SET
 from falcon_unlearn.evaluation.scoring import score_set

@@ -12,8 +12,7 @@ from typing import Any
 
 from falcon_unlearn.artifacts import read_jsonl, to_plain, write_jsonl
 from falcon_unlearn.console import Console
-from falcon_unlearn.engine.trainer import is_out_of_memory
-from falcon_unlearn.errors import UserError
+from falcon_unlearn.errors import UserError, is_out_of_memory
 from falcon_unlearn.evaluation.suite import Rows, Subject, Suite
 from falcon_unlearn.model.loading import quiet_transformers
 from falcon_unlearn.ranks import ALONE, Ranks

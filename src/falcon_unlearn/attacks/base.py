@@ -26,8 +26,7 @@ from falcon_unlearn.artifacts import Estimate, SampleScore
 from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Encoded, Encoder, fit_to_context
 from falcon_unlearn.corpus.records import Record
-from falcon_unlearn.engine.trainer import is_out_of_memory
-from falcon_unlearn.errors import UserError
+from falcon_unlearn.errors import UserError, is_out_of_memory
 from falcon_unlearn.evaluation.intervals import Numbers, bootstrap, group, mean_estimate, weighted_means
 from falcon_unlearn.evaluation.log_probabilities import answer_log_probabilities
 from falcon_unlearn.evaluation.scoring import score_set

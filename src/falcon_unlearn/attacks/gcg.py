@@ -41,8 +41,7 @@ from falcon_unlearn.attacks.base import (
 )
 from falcon_unlearn.attacks.gcg_prompts import Prompt, TriggerSlot, apply_trigger, placement_template
 from falcon_unlearn.corpus.records import Record
-from falcon_unlearn.engine.trainer import is_out_of_memory
-from falcon_unlearn.errors import UserError
+from falcon_unlearn.errors import UserError, is_out_of_memory
 from falcon_unlearn.evaluation.intervals import mean_estimate
 from falcon_unlearn.model.loading import context_length
 

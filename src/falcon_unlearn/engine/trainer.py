@@ -27,7 +27,7 @@ from falcon_unlearn.engine.checkpoint import Progress, load_newest, save_checkpo
 from falcon_unlearn.engine.gradient_conflict import GradientConfig, combine
 from falcon_unlearn.engine.optimizers import OptimizerConfig, build_optimizer, learning_rate, scheduled
 from falcon_unlearn.engine.parallel import Replicas
-from falcon_unlearn.errors import UserError
+from falcon_unlearn.errors import UserError, is_out_of_memory
 from falcon_unlearn.methods.base import Method
 from falcon_unlearn.model.lora import LoraConfig
 
@@ -210,14 +210,6 @@ class _MicroBatches:
             self.size = (min(self.size, len(batch)) + 1) // 2
             if self._on_halved is not None:
                 self._on_halved(self.size)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator raised it, of whatever device."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in text for words in ("can't allocate memory", "not enough memory", "backend out of memory")
-    )
 
 
 def _free_memory() -> None:

@@ -22,6 +22,7 @@ from falcon_unlearn.report.figures import (
     Role,
     draw,
     inline,
+    plain_axes,
 )
 
 Measure = Literal["accuracy", "probability"]
@@ -172,11 +173,7 @@ def robustness(bars: Sequence[AttackBar]) -> str | None:
         low, high = ax.get_xlim()
         ax.set_xlim(min(low, -0.04), max(high, 1.04))
         ax.set_xlabel("recovered: 0 as unlearned, 1 as the original", color=TEXT)
-        ax.grid(axis="x", color=RULE, lw=0.5)
-        ax.set_axisbelow(True)
-        ax.tick_params(colors=TEXT, length=0)
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        ax.spines["bottom"].set_color(RULE)
+        plain_axes(ax, "x")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(METADATA))
     worst = rows[-1]

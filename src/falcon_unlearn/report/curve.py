@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from falcon_unlearn.artifacts import Estimate, write_bytes, write_json
 from falcon_unlearn.console import in_columns, number
-from falcon_unlearn.report.figures import METADATA, RULE, STYLES, TEXT, inline
+from falcon_unlearn.report.figures import METADATA, STYLES, TEXT, inline, plain_axes
 from falcon_unlearn.report.robustness import shown
 
 MEASURES = ("accuracy", "probability", "accuracy_heldout")
@@ -110,11 +110,7 @@ def sustainability_figure(curve: Sustainability) -> str | None:
         for ax in (above, below):
             ax.set_ylim(-0.04, 1.08)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            ax.grid(axis="y", color=RULE, lw=0.5)
-            ax.set_axisbelow(True)
-            ax.tick_params(colors=TEXT, length=0)
-            ax.spines[["top", "right", "left"]].set_visible(False)
-            ax.spines["bottom"].set_color(RULE)
+            plain_axes(ax, "y")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(METADATA))
     last = points[-1]

@@ -237,11 +237,7 @@ def _draw_panel(chart: Chart, panel: Panel, ax: Axes) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
     if panel.limits is not None:
         ax.set_ylim(*panel.limits)
-    ax.grid(axis="y", color=RULE, lw=0.5)
-    ax.set_axisbelow(True)
-    ax.tick_params(colors=TEXT, length=0)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.spines["bottom"].set_color(RULE)
+    plain_axes(ax, "y")
     if not chart.plain:
         ax.legend(
             loc="lower left",
@@ -254,6 +250,15 @@ def _draw_panel(chart: Chart, panel: Panel, ax: Axes) -> None:
             handletextpad=0.5,
             borderpad=0,
         )
+
+
+def plain_axes(ax: Axes, grid: Literal["x", "y"]) -> None:
+    """Grid lines across one axis, a line below, no ticks."""
+    ax.grid(axis=grid, color=RULE, lw=0.5)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=TEXT, length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["bottom"].set_color(RULE)
 
 
 def inline(svg: str, alt: str) -> str:
