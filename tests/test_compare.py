@@ -15,7 +15,7 @@ from conftest import merged
 from scipy.stats import ttest_rel
 
 from falcon_unlearn import compare, pipeline
-from falcon_unlearn.compare import _claim, run_plan, score_of
+from falcon_unlearn.compare import _claim, oracle_score_of, run_plan, score_of
 from falcon_unlearn.console import Console
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.grid import load_grid, plan_grid, plan_recipes
@@ -339,6 +339,15 @@ def test_doing_nothing_scores_what_the_model_does_not_know():
         score_of(metrics(float("nan"), 0.0, 0.8), model)
     with pytest.raises(UserError, match="no model utility"):
         score_of(model, metrics(1.0, 1.0, None))
+
+
+def test_the_leak_from_the_oracle_is_nought_at_its_level_and_below_and_all_at_the_original_one():
+    model, oracle = metrics(1.0, 0.9, 0.8), metrics(0.2, 0.1, 0.8)
+    assert oracle_score_of(oracle, model, oracle) == 1.0
+    assert oracle_score_of(metrics(0.0, 0.0, 0.8), model, oracle) == 1.0
+    assert oracle_score_of(model, model, oracle) == pytest.approx(0.0)
+    assert oracle_score_of(metrics(0.6, 0.0, 0.4), model, oracle) == pytest.approx(0.5 - 0.25)
+    assert oracle_score_of(model, model, model) is None
 
 
 def test_a_row_beats_another_only_beyond_the_noise():

@@ -118,13 +118,30 @@ def score_of(metrics: Metrics, before: Metrics) -> tuple[float, float, float]:
     return kept - leak, kept, leak
 
 
-def _numbers(metrics: Metrics, before: Metrics) -> dict[str, float | None]:
+def oracle_score_of(metrics: Metrics, before: Metrics, oracle: Metrics) -> float | None:
+    """Score of a model whose leak is measured from the oracle's: knowing less than the oracle does is no merit.
+
+    kept less the mean, over forget probability and accuracy, of max(0, (x - oracle) / (before - oracle)): 0 at the
+    oracle, 1 at the original model. None where the original model knows no more than the oracle.
+    """
+    _, kept, _ = score_of(metrics, before)
+    shares = []
+    for name in ("forget_probability", "forget_accuracy"):
+        value, original, least = (getattr(m, name) for m in (metrics, before, oracle))
+        if not original > least:
+            return None
+        shares.append(max(0.0, (value - least) / (original - least)))
+    return kept - sum(shares) / 2
+
+
+def _numbers(metrics: Metrics, before: Metrics, oracle: Metrics | None) -> dict[str, float | None]:
     score, kept, leak = score_of(metrics, before)
     names = [f.name for f in dataclasses.fields(metrics) if f.name != "unscorable"]
     values = {name: getattr(metrics, name) for name in names}
     plain = {name: value for name, value in values.items() if not isinstance(value, Mapping)}
     attacked = {recovered_key(name): found.get("recovered_accuracy") for name, found in metrics.attacks.items()}
-    return {"score": score, "kept": kept, "leak": leak, **plain, **attacked}
+    above_oracle = None if oracle is None else oracle_score_of(metrics, before, oracle)
+    return {"score": score, "oracle_score": above_oracle, "kept": kept, "leak": leak, **plain, **attacked}
 
 
 def _reason(error: Exception, console: Console) -> str:
@@ -267,9 +284,9 @@ def _final(plan: Plan, cell: CellPlan, seed: int, tuned: Tuned, console: Console
         assert after is not None
         return dataclasses.replace(
             blank,
-            values={**_numbers(after, before), **_costs(folder, fresh=fresh, peak_known=peak_known)},
-            before=_numbers(before, before),
-            oracle={} if oracle is None else _numbers(oracle, before),
+            values={**_numbers(after, before, oracle), **_costs(folder, fresh=fresh, peak_known=peak_known)},
+            before=_numbers(before, before, oracle),
+            oracle={} if oracle is None else _numbers(oracle, before, oracle),
         )
     except Exception as error:  # one run must not take the others with it; a defect is shown as what it is
         return dataclasses.replace(blank, failed=_reason(error, console))

@@ -41,6 +41,7 @@ def recovered_key(attack: str) -> str:
 
 MEASURES = (
     Measure("score", "S", won=True),
+    Measure("oracle_score", "S to oracle", won=True),
     Measure("forget_probability", "forget prob"),
     Measure("forget_accuracy", "forget acc"),
     Measure("forget_accuracy_heldout", "held-out acc"),
@@ -53,6 +54,10 @@ MEASURES = (
 )
 """Columns that are means; forget quality stands among them seed by seed. Leaking less than the oracle is no merit."""
 _QUALITY_AFTER = "forget_rouge"
+_TO_ORACLE = (
+    "S to oracle is S with forget prob and forget acc measured from the oracle's: 0 there and below, 1 at the original "
+    "model. Knowing less than the oracle does not raise it."
+)
 
 
 @dataclass(frozen=True)
@@ -186,8 +191,9 @@ def notes_of(comparison: Comparison) -> list[str]:
             "S = kept - (forget prob + forget acc) / 2, kept = utility / utility before: 1 is perfect, doing nothing "
             "scores about 0. Forget quality is listed seed by seed, with how many are above .05."
         ),
+        *([_TO_ORACLE] if any(row.present("oracle_score") for row in comparison.rows) else []),
         (
-            "**Bold** (S and kept only) is better than every other row beyond the noise: paired t-test over the seeds, "
+            "**Bold** (S, S to oracle and kept only) is better than every other row beyond the noise: paired t-test over the seeds, "
             "p < .05, at least three seeds. Where nothing is bold, the best value is not a finding."
         ),
     ]
