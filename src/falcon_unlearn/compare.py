@@ -125,13 +125,15 @@ def oracle_score_of(metrics: Metrics, before: Metrics, oracle: Metrics) -> float
     oracle, 1 at the original model. None where the original model knows no more than the oracle.
     """
     _, kept, _ = score_of(metrics, before)
-    shares = []
-    for name in ("forget_probability", "forget_accuracy"):
-        value, original, least = (getattr(m, name) for m in (metrics, before, oracle))
+    leak = 0.0
+    for value, original, least in (
+        (metrics.forget_probability, before.forget_probability, oracle.forget_probability),
+        (metrics.forget_accuracy, before.forget_accuracy, oracle.forget_accuracy),
+    ):
         if not original > least:
             return None
-        shares.append(max(0.0, (value - least) / (original - least)))
-    return kept - sum(shares) / 2
+        leak += max(0.0, (value - least) / (original - least)) / 2
+    return kept - leak
 
 
 def _numbers(metrics: Metrics, before: Metrics, oracle: Metrics | None) -> dict[str, float | None]:

@@ -52,7 +52,11 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "falcon": {
         # Both chosen on the embedded benchmark with seeds that the README's figures do not use: see docs/science.md.
         "default": {
-            **_whole(5e-4, positives="stand_in", stand_in={"distillation_weight": 0.3, "hinge_weight": 0.2}),
+            **_whole(
+                5e-4,
+                positives="stand_in",
+                stand_in={"distillation_weight": 0.3, "hinge_weight": 0.2, "floor_weight": 0.2},
+            ),
             "corpus": {"loss_mask": "answer", "self_samples": {"count": 256}},
             "selection": {"layers": "auto"},
             "training": {

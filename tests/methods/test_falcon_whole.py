@@ -51,18 +51,21 @@ BATCH, KEEP = collate(RECORDS, 0), collate([*RETAIN, *encoded(5, [(6, 0), (4, 1)
 CLOSE = {"rtol": 2e-4, "atol": 2e-6}
 NEAR = {"rtol": 1e-5, "atol": 1e-6}
 
-OFF = {"representation_weight": 0.0, "distillation_weight": 0.0, "hinge_weight": 0.0, "npo_weight": 0.0}
+WEIGHTS = ("representation_weight", "distillation_weight", "hinge_weight", "floor_weight", "npo_weight")
+OFF = dict.fromkeys(WEIGHTS, 0.0)
 FORGET_TERMS = {
     "representation": {**OFF, "representation_weight": 1.3},
     "first layer": {**OFF, "representation_weight": 1.3, "layers": (0,)},
     "last layer": {**OFF, "representation_weight": 1.3, "layers": (1,)},
     "distillation": {**OFF, "distillation_weight": 0.7},
     "hinge": {**OFF, "hinge_weight": 0.9},
+    "level": {**OFF, "hinge_weight": 0.9, "floor_weight": 0.6},
     "npo": {**OFF, "npo_weight": 0.4, "npo_beta": 0.3},
     "all": {
         "representation_weight": 1.3,
         "distillation_weight": 0.7,
         "hinge_weight": 0.9,
+        "floor_weight": 0.6,
         "npo_weight": 0.4,
         "npo_beta": 0.3,
     },
@@ -138,8 +141,7 @@ class Naive:
                 divergence = sum(math.exp(x) * (x - y) for x, y in zip(q[theirs - 1].tolist(), p[own - 1], strict=True))
                 value += config["distillation_weight"] * divergence / len(places)
                 excess = p[own - 1, record.ids[own]] - q[theirs - 1, record.ids[own]]
-                if excess > 0:
-                    value += config["hinge_weight"] * excess / len(places)
+                value += config["hinge_weight" if excess > 0 else "floor_weight"] * abs(excess) / len(places)
             if config["npo_weight"]:
                 ratio = sum(log[t - 1, record.ids[t]] * sign for t in self.counted(record) for log, sign in
                             ((p, 1), (p0, -1)))  # fmt: skip
@@ -281,7 +283,7 @@ def test_npo_alone_is_npo(setup, masters):
 
 
 def test_terms_add_up_with_their_weights(setup, masters):
-    parts = [build(setup, **FORGET_TERMS[name]) for name in ("representation", "distillation", "hinge", "npo", "all")]
+    parts = [build(setup, **FORGET_TERMS[name]) for name in ("representation", "distillation", "level", "npo", "all")]
     *single, total = (method.forget_loss(2, "bio", BATCH, masters).item() for method in parts)
     assert total == pytest.approx(sum(single), rel=1e-6)
     assert all(value > 0 for value in single)
@@ -457,6 +459,40 @@ def test_the_hinge_pulls_down_to_the_level_and_no_further(setup):
     assert not any(g.any() for g in reached(loss, masters).values())
 
 
+def test_with_the_floor_descent_comes_to_the_level_from_below_too(setup):
+    method, hinge = build(setup, **FORGET_TERMS["level"]), build(setup, **FORGET_TERMS["hinge"])
+    record, other = RECORDS[1], STAND_INS[record_key(RECORDS[1])][0]
+    token, one = record.ids[-1], collate([record], 0)
+    masters = setup.model.masters()
+    with torch.no_grad():
+        level = Naive(setup, masters).read(Naive(setup, masters).before, other)[1][-2, token].item()
+    optimizer = torch.optim.SGD(masters.values(), lr=0.02)
+
+    def now():
+        return setup.model.predictions(one, "answer", masters).log_probabilities()[0, -1]
+
+    def descend(loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for _ in range(200):
+        if now().item() < level - 0.5:
+            break
+        descend(now())
+    below = now().item()
+    assert below < level - 0.5
+    assert hinge.forget_loss(0, "bio", one, masters).item() == 0
+    for _ in range(200):
+        loss = method.forget_loss(0, "bio", one, masters)
+        assert loss.item() == pytest.approx(0.6 * (level - now().item()), rel=1e-5)
+        descend(loss)
+        if now().item() > level:
+            break
+    else:
+        pytest.fail("did not get there")
+
+
 # the correction
 
 
@@ -476,7 +512,7 @@ def naive_correction(forget, retain, smoothing, vocabulary):
 
 
 @pytest.mark.parametrize("smoothing", [1e-3, 0.7])
-@pytest.mark.parametrize("name", ["distillation", "hinge", "all"])
+@pytest.mark.parametrize("name", ["distillation", "hinge", "level", "all"])
 def test_the_correction_is_of_what_the_stand_in_predicts(name, smoothing, masters):
     setup, config = setup_of(retain=RETAIN), FORGET_TERMS[name]
     loss = build(setup, prior_smoothing=smoothing, **config).forget_loss(4, "bio", BATCH, masters)
@@ -680,10 +716,11 @@ def test_unusable_settings_are_refused(bad):
 
 
 def test_any_one_weight_will_do_but_not_none():
-    for name in OFF:
+    for name in set(OFF) - {"floor_weight"}:
         FalconConfig.model_validate({"positives": "stand_in", "stand_in": {**OFF, name: 0.1}})
-    with pytest.raises(ValidationError, match="hinge"):
-        FalconConfig.model_validate({"positives": "stand_in", "stand_in": OFF})
+    for nothing in (OFF, {**OFF, "floor_weight": 0.1}):  # the floor alone forgets nothing
+        with pytest.raises(ValidationError, match="hinge"):
+            FalconConfig.model_validate({"positives": "stand_in", "stand_in": nothing})
 
 
 @pytest.mark.parametrize("layer", [-1, 2])

@@ -8,6 +8,7 @@ distributions of updated model on the record and original model on the stand-in:
     forget  = w_r < -log sigmoid((cos(a, s) - cos(a, n)) / tau) >         layers and answer tokens     representation
             + w_d < KL(p_s || p) >                                        answer tokens                distillation
             + w_h < max(0, log p(y) - log p_s(y)) >                       answer tokens                hinge
+            + w_f < max(0, log p_s(y) - log p(y)) >                       answer tokens                floor
             - w_n (2 / beta) log sigmoid(-beta log(p(y) / p0(y)))         whole answers                NPO
     retain  = v < -log p > (or KL to the original model) + v_r (1 - < cos(b, b0) >)   the same layers
 
@@ -61,6 +62,8 @@ class StandInConfig(Section):
     """w_d, of the divergence from what the original model predicts for the stand-in."""
     hinge_weight: float = Field(0.0, ge=0)
     """w_h, of what an answer token's log-probability has above the one it has for the stand-in; nothing below that."""
+    floor_weight: float = Field(0.0, ge=0)
+    """w_f, of what it lacks below that: who never knew does not rule the right answer out either."""
     prior_smoothing: float | None = Field(1e-3, gt=0)
     """e of the correction of p_s; empty: no correction."""
     spare: int = Field(4, ge=0)
@@ -172,7 +175,8 @@ class WholeFalcon(WholeMethod):
         config, model = self.config, self.setup.model
         now = model.run(batch, self.layers, masters)
         loss = now.final.new_zeros((), dtype=torch.float32)
-        if config.representation_weight or config.distillation_weight or config.hinge_weight:
+        level_weights = (config.hinge_weight, config.floor_weight)
+        if config.representation_weight or config.distillation_weight or any(level_weights):
             stand_ins = self.setup.alternative(step, batch)
             pairs, theirs = aligned(batch, stand_ins), model.run(stand_ins, self.layers, None)
             if config.representation_weight:
@@ -181,8 +185,9 @@ class WholeFalcon(WholeMethod):
             theirs = replace(theirs, head=replace(theirs.head, shift=self._shift))
             if config.distillation_weight:
                 loss = loss + config.distillation_weight * _distillation(now, theirs, pairs)
-            if config.hinge_weight:
-                loss = loss + config.hinge_weight * _hinge(now, theirs, pairs, batch)
+            if any(level_weights):
+                above, below = _off_level(now, theirs, pairs, batch)
+                loss = loss + config.hinge_weight * above + config.floor_weight * below
         if config.npo_weight:
             found = now.predictions(batch, self.setup.loss_mask)
             sums = sequence_sums(found.log_probabilities(), found.mask)
@@ -271,13 +276,14 @@ class WholeFalcon(WholeMethod):
         return of_token.mean(0) @ pairs.weights
 
 
-def _hinge(now: Pass, theirs: Pass, pairs: _Pairs, batch: Batch) -> Tensor:
-    """Weighted mean of what the answer tokens' log-probabilities have above those they have for the stand-in."""
+def _off_level(now: Pass, theirs: Pass, pairs: _Pairs, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What answer tokens' log-probabilities have above those they have for the stand-in, and below: weighted means."""
     targets = batch.input_ids[pairs.rows, pairs.columns]
     ours = target_log_probabilities(now.final[pairs.rows, pairs.columns - 1], now.head, targets)
     level = target_log_probabilities(theirs.final[pairs.rows, pairs.stand_in_columns - 1], theirs.head, targets)
-    of_token = torch.relu(ours - level.detach())
-    return of_token @ pairs.weights.to(of_token)
+    off = ours - level.detach()
+    weights = pairs.weights.to(off)
+    return torch.relu(off) @ weights, torch.relu(-off) @ weights
 
 
 def _distillation(now: Pass, theirs: Pass, pairs: _Pairs) -> Tensor:

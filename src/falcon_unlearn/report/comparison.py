@@ -193,8 +193,8 @@ def notes_of(comparison: Comparison) -> list[str]:
         ),
         *([_TO_ORACLE] if any(row.present("oracle_score") for row in comparison.rows) else []),
         (
-            "**Bold** (S, S to oracle and kept only) is better than every other row beyond the noise: paired t-test over the seeds, "
-            "p < .05, at least three seeds. Where nothing is bold, the best value is not a finding."
+            "**Bold** (S, S to oracle and kept only) is better than every other row beyond the noise: paired t-test "
+            "over the seeds, p < .05, at least three seeds. Where nothing is bold, the best value is not a finding."
         ),
     ]
     if noise := _within_noise(comparison.rows):
