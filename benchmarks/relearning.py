@@ -10,13 +10,13 @@ headline of the attack, the strongest curve, is the last column. Needs peft.
 ``--grid`` attacks with 5 and with 12 known facts, full and through adapters, at every learning rate, each on three
 draws of the known facts (the first is the comparison's own; one fact in one draw is .023). Columns:
 
-- start: without attack; 2 epochs, 10 epochs: accuracy with 5 facts, full, 1e-3; the means over the draws;
+- start: without attack; 2 epochs, 10 epochs: accuracy with 5 facts (--known's first), full, 1e-3; means over draws;
 - strongest: after 10 epochs in the cell (facts, weights, rate) with the highest mean over the draws;
 - area: under the curve of accuracy over steps, divided by the last step; area prob: of answer probability. The mean
   over all cells and draws.
 
 Then the paired differences to the first row and to the oracle, with the two-sided p of a t-test over seeds. Curves are
-kept in RUNS/relearning/ROW/seed-N.json, and measured again only where the grid or the weights have changed.
+kept in RUNS/relearning/ROW/seed-N.json after each draw, and measured again only where the weights have changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import hashlib
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,16 @@ EPOCHS = 10
 POINTS = 5
 """Every second epoch, so that the first is the attack of 2 epochs: batches and rate do not depend on what follows."""
 DRAWS = 3
+SCORED_AT_ONCE = 64
 
 Curve = dict[str, Any]
 """known, weights, rate, draw; area and area_probability; points: step, accuracy and probability of each."""
 
 
 def outcomes(
-    folder: Path, attacks: Sequence[RelearnConfig], *, oracle: bool, draws: int = 1
-) -> list[tuple[int, RelearnConfig, Outcome]]:
-    """Relearn a run's unlearned model, or its oracle: draws of the known facts, each attacked in every way."""
+    folder: Path, attacks: Sequence[RelearnConfig], *, oracle: bool, draws: Sequence[int] = (0,)
+) -> Iterator[list[Outcome]]:
+    """Relearn a run's unlearned model, or its oracle, in every way: the outcomes of each draw of the known facts."""
     recipe = load_recipe(folder / "recipe.yaml")
     assert recipe.evaluation.oracle is not None
     assert recipe.evaluation.forget is not None
@@ -69,25 +70,25 @@ def outcomes(
     scored = load_records(recipe.evaluation.forget, folder, "evaluation.forget")
     forget, retain = (tuple(r for records in side.values() for r in records) for side in (corpus.forget, corpus.retain))
     encoder = Encoder(load_tokenizer(source))
-    batch_size, max_new_tokens = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
-    before = score_forget(model, encoder, scored, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    found = []
-    for draw in range(draws):
+    longest = recipe.evaluation.max_new_tokens
+    before = score_forget(model, encoder, scored, batch_size=SCORED_AT_ONCE, max_new_tokens=longest)
+    for draw in draws:
         runs = run_attacks(
             {str(number): attack for number, attack in enumerate(attacks)},
             model,
             ORACLE if oracle else UNLEARNED,
             encoder,
             AttackData(forget, tuple(scored), retain, ()),
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
+            batch_size=SCORED_AT_ONCE,
+            max_new_tokens=longest,
             seed=recipe.seed + 1000 * draw,
             before=before,
         )
-        for attack, run in zip(attacks, runs, strict=True):
+        found = []
+        for run in runs:
             assert run.outcome is not None, run
-            found.append((draw, attack, run.outcome))
-    return found
+            found.append(run.outcome)
+        yield found
 
 
 def attacked(folder: Path, *, oracle: bool) -> dict[str, float]:
@@ -97,64 +98,66 @@ def attacked(folder: Path, *, oracle: bool) -> dict[str, float]:
         for weights, rates in SETTINGS.items()
     ]
     found: dict[str, float] = {}
-    for _, _, outcome in outcomes(folder, attacks, oracle=oracle):
-        for point in outcome.points:
-            if point.setting["step"]:
-                found[f"{point.setting['weights']} {point.setting['lr_at_width_128']:g}"] = point.accuracy
+    (draw,) = outcomes(folder, attacks, oracle=oracle)
+    for point in (point for outcome in draw for point in outcome.points):
+        if point.setting["step"]:
+            found[f"{point.setting['weights']} {point.setting['lr_at_width_128']:g}"] = point.accuracy
     return {**found, "strongest": max(found.values())}
 
 
-def curves_of(folder: Path, kept: Path, *, oracle: bool) -> list[Curve]:
-    """All curves of the grid, from the file ``kept`` where it was measured on these weights."""
+def curves_of(folder: Path, kept: Path, *, oracle: bool, known: Sequence[int], draws: int) -> list[Curve]:
+    """The curves of the grid; those that the file ``kept`` holds of these weights are not measured again."""
     recipe = load_recipe(folder / "recipe.yaml")
-    weights = Path(str(recipe.evaluation.oracle)) if oracle else folder / "patch"
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(weights.glob("*.safetensors")):
+    for path in sorted((Path(str(recipe.evaluation.oracle)) if oracle else folder / "patch").glob("*.safetensors")):
         digest.update(path.read_bytes())
-    grid = {"known": KNOWN, "weights": WEIGHTS, "rates": RATES, "epochs": EPOCHS, "points": POINTS, "draws": DRAWS}
-    key = json.loads(json.dumps({**grid, "digest": digest.hexdigest()}))
+    key = {"weights": digest.hexdigest(), "cells": [*WEIGHTS, *RATES], "epochs": EPOCHS, "points": POINTS}
+    curves: list[Curve] = []
     if kept.exists():
         saved = json.loads(kept.read_text(encoding="utf-8"))
-        if saved["key"] == key:
-            curves: list[Curve] = saved["curves"]
-            return curves
-    attacks = [
-        RelearnConfig(known=known, weights=(trained,), lrs_at_width_128=(rate,), epochs=EPOCHS, points=POINTS)
-        for known, trained, rate in itertools.product(KNOWN, WEIGHTS, RATES)
-    ]
-    curves = [
-        {
-            "known": attack.known,
-            "weights": attack.weights[0],
-            "rate": attack.lrs_at_width_128[0],
-            "draw": draw,
-            **{name: estimate.value for name, estimate in outcome.numbers.items()},
-            "points": [[point.setting["step"], point.accuracy, point.probability] for point in outcome.points],
-        }
-        for draw, attack, outcome in outcomes(folder, attacks, oracle=oracle, draws=DRAWS)
-    ]
+        curves = saved["curves"] if saved["key"] == key else []
     kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, {"key": key, "curves": curves})
-    return curves
+    for facts in known:
+        missing = sorted(set(range(draws)) - {curve["draw"] for curve in curves if curve["known"] == facts})
+        if not missing:
+            continue
+        attacks = [
+            RelearnConfig(known=facts, weights=(trained,), lrs_at_width_128=(rate,), epochs=EPOCHS, points=POINTS)
+            for trained, rate in itertools.product(WEIGHTS, RATES)
+        ]
+        for draw, found in zip(missing, outcomes(folder, attacks, oracle=oracle, draws=missing), strict=True):
+            curves += [
+                {
+                    "known": facts,
+                    "weights": attack.weights[0],
+                    "rate": attack.lrs_at_width_128[0],
+                    "draw": draw,
+                    **{name: estimate.value for name, estimate in outcome.numbers.items()},
+                    "points": [[point.setting["step"], point.accuracy, point.probability] for point in outcome.points],
+                }
+                for attack, outcome in zip(attacks, found, strict=True)
+            ]
+            write_json(kept, {"key": key, "curves": curves})
+    return [curve for curve in curves if curve["known"] in known and curve["draw"] < draws]
 
 
-def summary(curves: Sequence[Curve]) -> dict[str, float]:
-    """The columns of the grid's table."""
+def summary(curves: Sequence[Curve], known: int) -> dict[str, float]:
+    """The columns of the grid's table; those before the last three are with ``known`` facts, full, at 1e-3."""
     cells: dict[tuple[int, str, float], list[Curve]] = {}
     for curve in curves:
         cells.setdefault((curve["known"], curve["weights"], curve["rate"]), []).append(curve)
 
     def accuracy(cell: Sequence[Curve], point: int) -> float:
-        return statistics.mean(curve["points"][point][1] for curve in cell)
+        return statistics.fmean(curve["points"][point][1] for curve in cell)
 
-    headline = cells[5, "full", 1e-3]
+    headline = cells[known, "full", 1e-3]
     return {
         "start": accuracy(headline, 0),
         "2 epochs": accuracy(headline, 1),
         "10 epochs": accuracy(headline, -1),
         "strongest": max(accuracy(cell, -1) for cell in cells.values()),
-        "area": statistics.mean(curve["area"] for curve in curves),
-        "area prob": statistics.mean(curve["area_probability"] for curve in curves),
+        "area": statistics.fmean(curve["area"] for curve in curves),
+        "area prob": statistics.fmean(curve["area_probability"] for curve in curves),
     }
 
 
@@ -175,6 +178,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["falcon", "npo_nll-same-stream", "npo_nll"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--grid", action="store_true")
+    parser.add_argument("--known", type=int, nargs="+", default=KNOWN, help="with --grid: known facts")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="with --grid: draws of the known facts")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -183,9 +188,11 @@ def main() -> None:
         oracle = name == ORACLE
         folder = arguments.runs / "runs" / (arguments.rows[0] if oracle else name) / f"seed-{seed}"
         kept = arguments.runs / "relearning" / name / f"seed-{seed}.json"
-        rows[name].append(
-            summary(curves_of(folder, kept, oracle=oracle)) if arguments.grid else attacked(folder, oracle=oracle)
-        )
+        if arguments.grid:
+            curves = curves_of(folder, kept, oracle=oracle, known=arguments.known, draws=arguments.draws)
+            rows[name].append(summary(curves, arguments.known[0]))
+        else:
+            rows[name].append(attacked(folder, oracle=oracle))
     if arguments.json:
         print(json.dumps({"seeds": arguments.seeds, "rows": rows}, indent=2))
         return
