@@ -65,7 +65,8 @@ def _widened(directions: Tensor) -> Tensor:
     """An orthonormal basis of ``directions`` ``(K, D)`` and of about as many random ones, ``(D, M > K)``."""
     rank, hidden = directions.shape
     extra = torch.randn(min(rank + _EXTRA, hidden - rank), hidden, generator=torch.Generator().manual_seed(0))
-    return torch.linalg.qr(torch.cat((directions, extra.to(directions))).T).Q
+    basis: Tensor = torch.linalg.qr(torch.cat((directions, extra.to(directions))).T).Q
+    return basis
 
 
 def _improved(rows: Tensor, start: Tensor, rank: int) -> Tensor:
@@ -77,7 +78,8 @@ def _improved(rows: Tensor, start: Tensor, rank: int) -> Tensor:
     for _ in range(_SWEEPS):
         basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
     image = rows @ basis
-    return (basis @ torch.linalg.eigh(image.T @ image).eigenvectors[:, -rank:]).T
+    leading: Tensor = torch.linalg.eigh(image.T @ image).eigenvectors[:, -rank:]
+    return (basis @ leading).T
 
 
 def subspace_stability(
@@ -101,13 +103,13 @@ def subspace_stability(
     """
     matrix = _fp64(activations)
     rank, hidden = subspace.directions.shape
-    names, owners = records.cpu().unique(return_inverse=True)
+    names, owners = torch.unique(records.cpu(), return_inverse=True)
     own = _fp64(subspace.directions)
     start = _widened(own)
     angles = matrix.new_full((resamples, rank), math.pi / 2)
     for resample in range(resamples):
         drawn = torch.randint(len(names), (len(names),), generator=generator).bincount(minlength=len(names))
-        times = drawn[owners].to(matrix.device)
+        times = drawn[owners].to(matrix)
         rows = matrix[times > 0].mul_(times[times > 0].sqrt()[:, None])
         if min(rows.shape) <= _WORTH_APPROXIMATING:
             directions = principal_subspace(rows, rank=rank, variance=1.0).directions
