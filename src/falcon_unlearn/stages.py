@@ -582,6 +582,8 @@ def _sweep(
     if not all(value > 0 for value in before.values()):
         raise UserError("selection: the model gives the validation answers no probability at all; name layers instead")
     trial_training = recipe.training.model_copy(update={"steps": recipe.selection.sweep.steps})
+    if isinstance(recipe.method, FalconConfig):  # nobody reads a trial's diagnostics
+        recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"offset_bootstrap": 0})})
     data = TrainingData(parts["forget"], parts["retain"], encoded.pad_id, model.device)
 
     spill = recipe.output if Path(recipe.output).is_dir() else None

@@ -1,4 +1,5 @@
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from falcon_unlearn.engine.optimizers import OptimizerConfig
 from falcon_unlearn.engine.trainer import TrainingConfig, TrainingData, train
 from falcon_unlearn.errors import UserError
 from falcon_unlearn.methods import METHODS, Falcon, FalconConfig, MethodConfig, RmuConfig, Setup
-from falcon_unlearn.methods.base import generator_for, masked_activations
-from falcon_unlearn.objectives.offset_vectors import published_code_vector, random_vector
+from falcon_unlearn.methods.base import generator_for, masked_activations, masked_records
+from falcon_unlearn.objectives.offset_vectors import principal_subspace, published_code_vector, random_vector
+from falcon_unlearn.objectives.subspace_stability import subspace_stability
 
 HIDDEN = 32
 TARGET = 2
@@ -160,6 +162,32 @@ class TestOffsetVector:
             assert 1 <= part["rank"] < HIDDEN
             assert 0.8 <= part["variance_share"] < 1
         assert build(setup, offset="random").diagnostics() == {}
+
+    def test_the_stability_of_the_subspace_is_that_of_its_records(self, setup):
+        for domain, part in build(setup, offset_bootstrap=7).diagnostics().items():
+            rows = masked_activations(setup, domain, 10_000)
+            records = [i for i, item in enumerate(b for s in setup.forget_batches[domain] for b in s.records)
+                       for _ in item.ids[item.answer_start :]]  # fmt: skip
+            assert masked_records(setup, domain, 10_000).tolist() == records
+            found = subspace_stability(
+                rows, torch.tensor(records), principal_subspace(rows, rank=6, variance=0.5), 7,
+                generator_for(SEED, "offset bootstrap", domain),
+            )  # fmt: skip
+            assert part["stability"] == asdict(found)
+            assert (found.records, found.resamples, found.shared_at_random) == (8, 7, 6 / HIDDEN)
+        assert masked_records(setup, "bio", 10).tolist() == masked_records(setup, "bio", 10_000).tolist()[:10]
+
+    def test_the_stability_changes_nothing_else(self, setup, decoder, data):
+        with_it, without = build(setup), build(setup, offset_bootstrap=0)
+        assert not any("stability" in part for part in without.diagnostics().values())
+        losses = []
+        for method in (with_it, without):
+            masters = decoder.masters()
+            torch.manual_seed(3)
+            config = TrainingConfig(steps=3, batch_size=4, optimizer=OptimizerConfig(lr=1e-3))
+            train(method, masters, data, config, seed=SEED, hidden_size=HIDDEN)
+            losses.append([value.detach().clone() for value in masters.values()])
+        assert all(torch.equal(one, other) for one, other in zip(*losses, strict=True))
 
     def test_a_rank_of_the_full_width_is_refused(self, setup):
         with pytest.raises(UserError, match=f"{HIDDEN} directions span all {HIDDEN}"):

@@ -148,3 +148,9 @@ def masked_activations(setup: Setup, domain: str, max_tokens: int) -> Tensor:
         if count >= max_tokens:
             break
     return torch.cat(parts)[:max_tokens]
+
+
+def masked_records(setup: Setup, domain: str, max_tokens: int) -> Tensor:
+    """To which of the domain's records each row of :func:`masked_activations` belongs, ``(N,)`` on the CPU."""
+    counts = torch.cat([batch.loss_mask(setup.loss_mask).sum(1).cpu() for batch in setup.forget_batches[domain]])
+    return torch.arange(len(counts)).repeat_interleave(counts)[:max_tokens]

@@ -11,6 +11,7 @@ two are combined per tensor by :mod:`falcon_unlearn.engine.gradient_conflict`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import Field
@@ -25,6 +26,7 @@ from falcon_unlearn.methods.base import (
     counted_tokens,
     generator_for,
     masked_activations,
+    masked_records,
 )
 from falcon_unlearn.methods.falcon_whole import StandInConfig
 from falcon_unlearn.objectives.offset_vectors import (
@@ -36,6 +38,7 @@ from falcon_unlearn.objectives.offset_vectors import (
     random_vector,
 )
 from falcon_unlearn.objectives.representation import cosine_retention, info_nce
+from falcon_unlearn.objectives.subspace_stability import SubspaceStability, subspace_stability
 
 
 class FalconConfig(Section):
@@ -63,6 +66,8 @@ class FalconConfig(Section):
     """run: one vector per forget domain; step: a new one every step."""
     offset_tokens: int = Field(8192, ge=2)
     """At most so many forget tokens enter the factorisation."""
+    offset_bootstrap: int = Field(20, ge=0)
+    """Resamples of the forget records that show how stable the principal subspace is, a diagnostic; 0 for none."""
     temperature: float = Field(0.7, gt=0)
     """tau of InfoNCE."""
     negatives: Literal["same_token", "batch"] = "same_token"
@@ -80,15 +85,19 @@ class Falcon:
         self.config = config
         self._setup = setup
         self._subspaces: dict[str, PrincipalSubspace] = {}
-        if config.offset == "paper":
-            self._subspaces = {
-                domain: principal_subspace(
-                    masked_activations(setup, domain, config.offset_tokens),
-                    rank=config.offset_rank,
-                    variance=config.offset_variance,
+        self._stability: dict[str, SubspaceStability] = {}
+        for domain in setup.forget_batches if config.offset == "paper" else ():
+            activations = masked_activations(setup, domain, config.offset_tokens)
+            subspace = principal_subspace(activations, rank=config.offset_rank, variance=config.offset_variance)
+            self._subspaces[domain] = subspace
+            if config.offset_bootstrap:
+                self._stability[domain] = subspace_stability(
+                    activations,
+                    masked_records(setup, domain, config.offset_tokens),
+                    subspace,
+                    config.offset_bootstrap,
+                    generator_for(setup.seed, "offset bootstrap", domain),
                 )
-                for domain in setup.forget_batches
-            }
         self._fixed: dict[str, Tensor] = {}
         if config.offset_refresh == "run":
             self._fixed = {domain: self._draw(domain, "run") for domain in setup.forget_batches}
@@ -115,9 +124,13 @@ class Falcon:
         return self._fixed[domain] if domain in self._fixed else self._draw(domain, step)
 
     def diagnostics(self) -> dict[str, Any]:
-        """Rank and variance share of each domain's principal subspace."""
+        """Rank and variance share of each domain's principal subspace, and how stable it is."""
         return {
-            domain: {"rank": len(subspace.directions), "variance_share": subspace.variance_share}
+            domain: {
+                "rank": len(subspace.directions),
+                "variance_share": subspace.variance_share,
+                **({"stability": asdict(self._stability[domain])} if domain in self._stability else {}),
+            }
             for domain, subspace in self._subspaces.items()
         }
 
