@@ -26,7 +26,7 @@ import hashlib
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +161,11 @@ def summary(curves: Sequence[Curve], known: int) -> dict[str, float]:
     }
 
 
-def print_table(
-    rows: Mapping[str, Sequence[Mapping[str, float]]], shown: Callable[[str, str], str], width: int = 18
-) -> None:
+def print_table(names: Iterable[str], columns: Iterable[str], shown: Callable[[str, str], str]) -> None:
     """Rows by columns, each entry as ``shown(row, column)`` has it."""
-    columns = list(rows[ORACLE][0])
-    print(f"{'':24}" + "".join(f"{column:>{width}}" for column in columns))
-    for name in rows:
-        print(f"{name:24}" + "".join(f"{shown(name, column):>{width}}" for column in columns))
+    print(f"{'':24}" + "".join(f"{column:>18}" for column in columns))
+    for name in names:
+        print(f"{name:24}" + "".join(f"{shown(name, column):>18}" for column in columns))
 
 
 def main() -> None:
@@ -207,10 +204,11 @@ def main() -> None:
         tested = len(mine) > 1 and len({a - b for a, b in zip(mine, its, strict=True)}) > 1
         return f"{apart} p = {ttest_rel(mine, its).pvalue:.3f}" if tested else apart
 
-    print_table(rows, mean)
+    columns = list(rows[ORACLE][0])
+    print_table(rows, columns, mean)
     for reference in (arguments.rows[0], ORACLE) if arguments.grid else ():
         print(f"\nless {reference}:")
-        print_table({name: rows[name] for name in rows if name != reference} | {ORACLE: rows[ORACLE]}, difference)
+        print_table([name for name in rows if name != reference], columns, difference)
 
 
 if __name__ == "__main__":

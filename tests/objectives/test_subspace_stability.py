@@ -147,6 +147,7 @@ class TestSubspaceStability:
         exact = stability(activations, records, 12, resamples=3)
         monkeypatch.setattr(module, "_WORTH_APPROXIMATING", 10)
         near = stability(activations, records, 12, resamples=3)
+        assert (near.resamples, stability(activations, records, 12, resamples=9).resamples) == (3, 5)
         assert near != exact
         assert near.shared == pytest.approx(exact.shared, abs=0.01)
         assert near.median_angle == pytest.approx(exact.median_angle, abs=0.02)

@@ -67,7 +67,8 @@ class FalconConfig(Section):
     offset_tokens: int = Field(8192, ge=2)
     """At most so many forget tokens enter the factorisation."""
     offset_bootstrap: int = Field(20, ge=0)
-    """Resamples of the forget records that show how stable the principal subspace is, a diagnostic; 0 for none."""
+    """Resamples of the forget records that show how stable the principal subspace is, a diagnostic; 0 for none. At
+    most 5 where there are more than 1024 tokens and dimensions."""
     temperature: float = Field(0.7, gt=0)
     """tau of InfoNCE."""
     negatives: Literal["same_token", "batch"] = "same_token"

@@ -11,6 +11,7 @@ from torch import Tensor
 from falcon_unlearn.objectives.offset_vectors import PrincipalSubspace, principal_subspace
 
 _WORTH_APPROXIMATING = 1024  # up to this dimension a resample is factorised exactly
+_FEW = 5  # resamples above it: one takes seconds
 _SWEEPS = 3
 _EXTRA = 32
 
@@ -89,7 +90,7 @@ def subspace_stability(
 
     A resample that spans fewer than K directions is at right angles to the missing ones. Where both its sides are above
     1024, its subspace is found by three steps of iteration from that of the whole sample, else exactly: angles are
-    then somewhat too small where the spectrum is flat at K.
+    then somewhat too small where the spectrum is flat at K. Activations of that size get 5 resamples at most.
 
     A resample repeats accidents of the sample, so that activations without any structure share more than
     ``shared_at_random`` with it too, however many there are.
@@ -98,12 +99,14 @@ def subspace_stability(
         activations: those that ``subspace`` is of, ``(N, D)``.
         records: to which record each row belongs, integers ``(N,)``.
         subspace: from :func:`~falcon_unlearn.objectives.offset_vectors.principal_subspace`.
-        resamples: one at least.
+        resamples: one at least; see above.
         generator: on the CPU; of the draws.
     """
     matrix = _fp64(activations)
     rank, hidden = subspace.directions.shape
     names, owners = torch.unique(records.cpu(), return_inverse=True)
+    if min(matrix.shape) > _WORTH_APPROXIMATING:
+        resamples = min(resamples, _FEW)
     own = _fp64(subspace.directions)
     start = _widened(own)
     angles = matrix.new_full((resamples, rank), math.pi / 2)
