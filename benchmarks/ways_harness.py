@@ -3,10 +3,10 @@
     python benchmarks/ways_harness.py                    # the default alone: the row of benchmarks/ideas.yaml
 
 A way is a function that gets an opened world and returns the changed tensors. Everything else is as
-``falcon-unlearn compare --grid benchmarks/ideas.yaml`` does it for the row ``falcon``: data, self-samples, stand-ins, batches,
-the dtype on the disk, scoring, relearning. That attack is also made with other known facts, as one fact of 43 is .023: the
-recipe's own draw of them first, then others by further seeds. The scores of the original model and of the oracle, and the
-self-samples, are kept in --out; trained tensors are not.
+``falcon-unlearn compare --grid benchmarks/ideas.yaml`` does it for the row ``falcon``: data, self-samples, stand-ins,
+batches, the dtype on the disk, scoring, relearning. That attack is also made with other known facts, as one fact of 43
+is .023: the recipe's own draw of them first, then others by further seeds. The scores of the original model and of the
+oracle, and the self-samples, are kept in --out; trained tensors are not.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from falcon_unlearn.compare import score_of
 from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.batching import Encoded, Encoder
 from falcon_unlearn.corpus.fictional import build_world
+from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, load_corpus
 from falcon_unlearn.engine.trainer import TrainingData, train
 from falcon_unlearn.evaluation.metrics import FORGET_SET, compute_metrics
@@ -77,7 +78,7 @@ class World:
     corpus: Corpus
     encoded: EncodedCorpus
     alternatives: Mapping[str, tuple[Encoded, ...]]
-    sets: Mapping[str, list]
+    sets: Mapping[str, list[Record]]
 
     @property
     def seed(self) -> int:
@@ -157,7 +158,7 @@ def open_world(seed: int, out: Path, overrides: Sequence[str] = ()) -> World:
 
 @dataclass(frozen=True)
 class Result:
-    """A way on one seed; ``relearned`` and ``relearned_probability`` by draw of the known facts, the recipe's own first."""
+    """A way on one seed; relearned accuracy and probability by draw of the known facts, the recipe's own first."""
 
     way: str
     seed: int
