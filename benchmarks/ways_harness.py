@@ -86,6 +86,11 @@ class World:
         return self.recipe.seed
 
     @property
+    def folder(self) -> Path:
+        """Where its models, corpora and self-samples are."""
+        return Path(self.recipe.model).parent
+
+    @property
     def data(self) -> TrainingData:
         """The streams of batches."""
         encoded = self.encoded
@@ -173,9 +178,9 @@ class Result:
 
 def _scores(world: World, part: str) -> dict[str, list[SampleScore]]:
     """Scores of the original model or of the oracle, kept beside them."""
-    path = Path(world.recipe.model).parent / f"scores-{part}.json"
+    path = world.folder / f"scores-{part}.json"
     if not path.exists():
-        source = resolve_model(str(Path(world.recipe.model).parent / part), Path.cwd(), device="cpu")
+        source = resolve_model(str(world.folder / part), Path.cwd(), device="cpu")
         found = score_model(load_causal_lm(source), world.encoder, world.sets, world.recipe, QUIET)
         rows = {name: [asdict(score) for score in scores] for name, scores in found.items()}
         path.write_text(json.dumps(rows), encoding="utf-8")
