@@ -188,15 +188,15 @@ def _scores(world: World, part: str) -> dict[str, list[SampleScore]]:
     return {name: [SampleScore(**row) for row in rows] for name, rows in raw.items()}
 
 
-def measure(name: str, way: Way, world: World, draws: int = 3) -> Result:
-    """Unlearn, score, and attack by relearning with ``draws`` sets of known facts."""
+def measure(name: str, way: Way, world: World, draws: int = 3, known: int = 5) -> Result:
+    """Unlearn, score, and attack by relearning with ``draws`` sets of ``known`` facts."""
     began = time.process_time()
     changed = way(world)
     seconds = time.process_time() - began
-    return judged(name, changed, world, draws, seconds)
+    return judged(name, changed, world, draws, seconds, known)
 
 
-def judged(name: str, changed: Tensors, world: World, draws: int, seconds: float = 0.0) -> Result:
+def judged(name: str, changed: Tensors, world: World, draws: int, seconds: float = 0.0, known: int = 5) -> Result:
     """Score and attack a model of which these tensors were changed."""
     model = load_causal_lm(world.source)
     on_disk = {key: value.detach().half() for key, value in changed.items()}  # the dtype of the demo's checkpoints
@@ -212,7 +212,7 @@ def judged(name: str, changed: Tensors, world: World, draws: int, seconds: float
         scores = score_model(model, world.encoder, world.sets, world.recipe, QUIET)
         for draw in range(draws):
             (run,) = run_attacks(
-                {"relearn": ATTACK},
+                {"relearn": ATTACK.model_copy(update={"known": known})},
                 model,
                 UNLEARNED,
                 world.encoder,
@@ -240,11 +240,11 @@ def judged(name: str, changed: Tensors, world: World, draws: int, seconds: float
     )
 
 
-def oracle_of(world: World, draws: int) -> Result:
+def oracle_of(world: World, draws: int, known: int = 5) -> Result:
     """The oracle, judged in the same way."""
     assert world.recipe.evaluation.oracle is not None
     source = resolve_model(world.recipe.evaluation.oracle, Path.cwd(), device="cpu")
-    return judged("oracle", dict(load_causal_lm(source).named_parameters()), world, draws)
+    return judged("oracle", dict(load_causal_lm(source).named_parameters()), world, draws, known=known)
 
 
 def spread(values: Sequence[float]) -> str:
