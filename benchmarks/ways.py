@@ -19,6 +19,7 @@ distilled  the unlearned model, noise mixed into the MLP matrices of its upper h
            (Lee et al. 2025, arXiv 2506.06278)
 noise      mixed into the same matrices before the default's training
 layer      preset layer at layer 4, then so many steps of the default
+weight     no way of its own: the default's forget loss counts double, for comparison
 """
 
 from __future__ import annotations
@@ -254,6 +255,11 @@ def layer_first(world: World, *, steps: int, layer: int = 4) -> Tensors:
     return {name: value.detach() for name, value in masters.items()}
 
 
+def overridden(world: World, *, overrides: Sequence[str]) -> Tensors:
+    """The default with other settings."""
+    return default(open_world(world.seed, world.folder.parent, overrides))
+
+
 def _method(build: Callable[..., WholeFalcon], **settings: Any) -> Way:
     return partial(with_method, build=partial(build, **settings))
 
@@ -269,12 +275,14 @@ WAYS: Mapping[str, Way] = {
     "layer-30": partial(layer_first, steps=30),
     "meta-5": _method(Meta, steps=5),
     "sharp-0.5": _method(Sharp, radius=0.5),
+    "sharp-answers-0.25": _method(Sharp, radius=0.25, of_answers=True),
     "sharp-answers-0.5": _method(Sharp, radius=0.5, of_answers=True),
     "sharp-answers-1": _method(Sharp, radius=1.0, of_answers=True),
     "latent-1+3-0.2": _method(Latent, layers=(1, 3), share=0.2, steps=2),
     "average-last-20": partial(averaged, last=20),
     "noise-0.25": partial(noise_first, share=0.25),
     "layer-20": partial(layer_first, steps=20),
+    "weight-2": partial(overridden, overrides=["method.forget_weight=2"]),
 }
 
 
