@@ -19,7 +19,7 @@ distilled  the unlearned model, noise mixed into the MLP matrices of its upper h
            (Lee et al. 2025, arXiv 2506.06278)
 noise      mixed into the same matrices before the default's training
 layer      preset layer at layer 4, then so many steps of the default
-weight     no way of its own: the default's forget loss counts double, for comparison
+weight     no way of its own: the default with a heavier forget loss, for comparison
 """
 
 from __future__ import annotations
@@ -283,6 +283,7 @@ WAYS: Mapping[str, Way] = {
     "noise-0.25": partial(noise_first, share=0.25),
     "layer-20": partial(layer_first, steps=20),
     "weight-2": partial(overridden, overrides=["method.forget_weight=2"]),
+    "weight-4": partial(overridden, overrides=["method.forget_weight=4"]),
 }
 
 
