@@ -1,6 +1,6 @@
 """Ways to train that were tried beside FALCON's default preset, on the two seeds that settings are chosen on.
 
-    python benchmarks/ways.py                            # every way, seeds 5 and 6; half an hour of CPU
+    python benchmarks/ways.py                            # every way, seeds 5 and 6; a quarter of an hour of CPU
     python benchmarks/ways.py --ways meta-2 sharp-0.1    # these alone
     python benchmarks/ways.py --json
 
@@ -15,7 +15,7 @@ sharp      it is taken at w + rho e/|e|, e the forget loss's ascent, or the desc
 latent     under a change of hidden states that makes the forget answers more probable, of at most this share of each
            state's norm (Sheshadri et al. 2024, arXiv 2407.15549)
 average    of the weights: decaying by .9 a step, or the plain mean of the last 20 steps
-distilled  the unlearned model, noise mixed into the MLP matrices of its upper half, taught by itself as it was before
+distilled  a copy of the unlearned model with noise mixed into the MLP matrices of its upper half, taught by that model
            (Lee et al. 2025, arXiv 2506.06278)
 noise      mixed into the same matrices before the default's training
 layer      preset layer at layer 4, then so many steps of the default
