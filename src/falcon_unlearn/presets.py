@@ -48,6 +48,13 @@ def _layer(lr: float, **method: Any) -> dict[str, Any]:
     }
 
 
+_LEVEL: Mapping[str, Any] = {
+    "distillation_weight": 0.3,
+    "hinge_weight": 0.2,
+    "floor_weight": 0.2,
+    "least_level": 1e-5,
+}
+
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "falcon": {
         # Both chosen on the embedded benchmark with seeds that the README's figures do not use: see docs/science.md.
@@ -55,7 +62,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             **_whole(
                 5e-4,
                 positives="stand_in",
-                stand_in={"distillation_weight": 0.3, "hinge_weight": 0.2, "floor_weight": 0.2},
+                stand_in=_LEVEL,
             ),
             "corpus": {"loss_mask": "answer", "self_samples": {"count": 256}},
             "selection": {"layers": "auto"},

@@ -120,7 +120,7 @@ class Naive:
             handle.remove()
         return [out[0] for out in found], logits[0].log_softmax(-1)
 
-    def forget(self, step, batch, config, temperature=0.7, chosen=None, correction=None):
+    def forget(self, step, batch, config, temperature=0.7, chosen=None, correction=None, least=None):
         chosen = self.layers if chosen is None else chosen
         total = 0.0
         for record in batch.records:
@@ -129,6 +129,7 @@ class Naive:
             a, p = self.read(self.now, record)
             with torch.no_grad():
                 (n, p0), (s, q) = self.read(self.before, record), self.read(self.before, other)
+                plain = q
                 if correction is not None:
                     q = (q + correction).log_softmax(-1)
             value = 0.0
@@ -140,7 +141,10 @@ class Naive:
                     value += config["representation_weight"] * part / (len(places) * len(chosen))
                 divergence = sum(math.exp(x) * (x - y) for x, y in zip(q[theirs - 1].tolist(), p[own - 1], strict=True))
                 value += config["distillation_weight"] * divergence / len(places)
-                excess = p[own - 1, record.ids[own]] - q[theirs - 1, record.ids[own]]
+                level = q[theirs - 1, record.ids[own]]
+                if least is not None:
+                    level = max(level, min(plain[theirs - 1, record.ids[own]], math.log(least)))
+                excess = p[own - 1, record.ids[own]] - level
                 value += config["hinge_weight" if excess > 0 else "floor_weight"] * abs(excess) / len(places)
             if config["npo_weight"]:
                 ratio = sum(log[t - 1, record.ids[t]] * sign for t in self.counted(record) for log, sign in
@@ -521,6 +525,18 @@ def test_the_correction_is_of_what_the_stand_in_predicts(name, smoothing, master
     assert abs(naive.forget(4, BATCH, config).item() - expected.item()) > 1e-2
     torch.testing.assert_close(loss.double(), expected.double(), **NEAR)
     assert_same(reached(loss, masters), naive_gradients(naive, expected), **CLOSE)
+
+
+@pytest.mark.parametrize("least", [1e-6, 0.02, 0.9])
+def test_the_correction_lowers_the_level_to_the_least_one_at_most(least, masters):
+    setup, config = setup_of(retain=RETAIN), FORGET_TERMS["level"]
+    method = build(setup, prior_smoothing=1e-3, least_level=least, **config)
+    loss = method.forget_loss(4, "bio", BATCH, masters)
+    naive, correction = Naive(setup, masters), naive_correction(RECORDS, RETAIN, 1e-3, 41)
+    expected = naive.forget(4, BATCH, config, correction=correction, least=least)
+    torch.testing.assert_close(loss.double(), expected.double(), **NEAR)
+    all_the_way = naive.forget(4, BATCH, config, correction=correction).item()
+    assert (abs(expected.item() - all_the_way) > 1e-3) == (least > 1e-6)
 
 
 @pytest.mark.parametrize("name", ["representation", "npo"])

@@ -64,6 +64,8 @@ class StandInConfig(Section):
     """w_h, of what an answer token's log-probability has above the one it has for the stand-in; nothing below that."""
     floor_weight: float = Field(0.0, ge=0)
     """w_f, of what it lacks below that: who never knew does not rule the right answer out either."""
+    least_level: float | None = Field(None, gt=0, lt=1)
+    """The correction lowers the level that hinge and floor aim at to this probability at most; empty: without end."""
     prior_smoothing: float | None = Field(1e-3, gt=0)
     """e of the correction of p_s; empty: no correction."""
     spare: int = Field(4, ge=0)
@@ -186,7 +188,7 @@ class WholeFalcon(WholeMethod):
             if config.distillation_weight:
                 loss = loss + config.distillation_weight * _distillation(now, theirs, pairs)
             if any(level_weights):
-                above, below = _off_level(now, theirs, pairs, batch)
+                above, below = _off_level(now, pairs, batch, self._level(theirs, pairs, batch))
                 loss = loss + config.hinge_weight * above + config.floor_weight * below
         if config.npo_weight:
             found = now.predictions(batch, self.setup.loss_mask)
@@ -266,6 +268,19 @@ class WholeFalcon(WholeMethod):
         in_forget, in_retain = counts
         return torch.log((in_retain + smoothing) / (in_forget + in_retain + smoothing)).to(device)
 
+    @torch.no_grad()
+    def _level(self, theirs: Pass, pairs: _Pairs, batch: Batch) -> Tensor:
+        """What the answers' tokens should have: log p_s, corrected, ``(N,)``."""
+        hidden, targets = (
+            theirs.final[pairs.rows, pairs.stand_in_columns - 1],
+            batch.input_ids[pairs.rows, pairs.columns],
+        )
+        level = target_log_probabilities(hidden, theirs.head, targets)
+        if self.config.least_level is None or self._shift is None:
+            return level
+        plain = target_log_probabilities(hidden, replace(theirs.head, shift=None), targets)
+        return torch.maximum(level, plain.clamp(max=math.log(self.config.least_level)))
+
     def _contrast(self, now: Pass, theirs: Pass, before: Pass, pairs: _Pairs) -> Tensor:
         of_token = contrast(
             now.layers[:, pairs.rows, pairs.columns],
@@ -276,12 +291,10 @@ class WholeFalcon(WholeMethod):
         return of_token.mean(0) @ pairs.weights
 
 
-def _off_level(now: Pass, theirs: Pass, pairs: _Pairs, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What answer tokens' log-probabilities have above those they have for the stand-in, and below: weighted means."""
+def _off_level(now: Pass, pairs: _Pairs, batch: Batch, level: Tensor) -> tuple[Tensor, Tensor]:
+    """What answer tokens' log-probabilities have above ``level``, and below: weighted means."""
     targets = batch.input_ids[pairs.rows, pairs.columns]
-    ours = target_log_probabilities(now.final[pairs.rows, pairs.columns - 1], now.head, targets)
-    level = target_log_probabilities(theirs.final[pairs.rows, pairs.stand_in_columns - 1], theirs.head, targets)
-    off = ours - level.detach()
+    off = target_log_probabilities(now.final[pairs.rows, pairs.columns - 1], now.head, targets) - level
     weights = pairs.weights.to(off)
     return torch.relu(off) @ weights, torch.relu(-off) @ weights
 
