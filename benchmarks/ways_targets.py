@@ -338,9 +338,9 @@ def closed_form(layers: Sequence[int], penalty: float, *, answer_only: bool) -> 
 
         W' = W + (T - A) X' (X X' + penalty Y Y' + ridge I)^-1
 
-    X and Y are the MLP's inputs at the forget and at all retain tokens, A and T the layer's outputs at the forget tokens
-    and the original model's at the same places of the stand-ins. Layers one after the other, from the lowest, each on
-    the model as edited so far (as ROME and MEMIT, Meng et al. 2022 and 2023, without their optimised targets).
+    X and Y are the MLP's inputs at the forget and at all retain tokens, A and T the layer's outputs at the forget
+    tokens and the original model's at the same places of the stand-ins. Layers one after the other, from the lowest,
+    each on the model as edited so far (as ROME and MEMIT, Meng et al. 2022 and 2023, without their optimised targets).
     """
 
     def way(world: World) -> Tensors:
@@ -375,7 +375,7 @@ def closed_form(layers: Sequence[int], penalty: float, *, answer_only: bool) -> 
             ridge = 1e-4 * float(kept.trace()) / size
             metric = gram + penalty * kept + ridge * torch.eye(size, dtype=torch.double)
             with torch.no_grad():
-                matrix += torch.linalg.solve(metric, cross.T).T.to(matrix.dtype)
+                matrix.add_(torch.linalg.solve(metric, cross.T).T.to(matrix.dtype))
             changed[f"model.layers.{layer}.mlp.down_proj.weight"] = matrix.detach()
         return changed
 
@@ -452,7 +452,8 @@ def read_or_measure(name: str, seed: int, out: Path, draws: int) -> Result:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(result)), encoding="utf-8")
     raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return Result(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+    lists = {key: tuple(value) for key, value in raw.items() if isinstance(value, list)}
+    return Result(**{**raw, **lists})
 
 
 def main() -> None:
