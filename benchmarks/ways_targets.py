@@ -333,7 +333,7 @@ def _same_places(record: Encoded, other: Encoded, *, answer_only: bool) -> list[
     return [(i, j) for i, j in pairs if i >= first]
 
 
-def closed_form(layers: Sequence[int], penalty: float, *, answer_only: bool) -> Way:
+def closed_form(layers: Sequence[int], penalty: float, *, answer_only: bool = True) -> Way:
     """Ridge edit of ``down_proj``, no training: the MLP writes what makes the layer's output the stand-in's.
 
         W' = W + (T - A) X' (X X' + penalty Y Y' + ridge I)^-1
@@ -391,6 +391,7 @@ class Row:
 
 
 _LAYER = ("method.preset=layer", "selection.layers=[4]")
+_EDITS = {**{(layer,): (0.01, 0.1) for layer in (2, 3, 4, 5)}, (2, 3, 4, 5): (0.01, 0.1, 1.0)}
 _GROUPS: tuple[Literal["one", "entity", "cluster"], ...] = ("one", "entity", "cluster")
 
 ROWS: Mapping[str, Row] = {
@@ -429,13 +430,11 @@ ROWS: Mapping[str, Row] = {
     },
     # no training
     **{
-        f"ridge {''.join(map(str, layers))} {span} {penalty:g}": Row(
-            way=closed_form(layers, penalty, answer_only=span == "answer")
-        )
-        for layers in ((2,), (3,), (4,), (5,), (2, 3, 4, 5))
-        for span in ("answer", "all")
-        for penalty in (0.01, 0.1, 1.0)
+        f"ridge {''.join(map(str, layers))} {penalty:g}": Row(way=closed_form(layers, penalty))
+        for layers, penalties in _EDITS.items()
+        for penalty in penalties
     },
+    "ridge 2345 0.1, question tokens too": Row(way=closed_form((2, 3, 4, 5), 0.1, answer_only=False)),
 }
 
 
