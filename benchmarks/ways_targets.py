@@ -1,7 +1,7 @@
 """Other targets for FALCON's forget side, beside the default preset, on the seeds that settings are chosen on.
 
     python benchmarks/ways_targets.py                            # everything: hours on one core
-    python benchmarks/ways_targets.py --ways default mean-of-4   # some rows
+    python benchmarks/ways_targets.py --ways default "mean of four"   # some rows
 
 Results are kept in --out, one file a way and seed; what is there already is not done again.
 """
