@@ -3,10 +3,10 @@
     python benchmarks/ways_harness.py                    # the default alone: the row of benchmarks/ideas.yaml
 
 A way is a function that gets an opened world and returns the changed tensors. Everything else is as
-``falcon-unlearn compare --grid benchmarks/ideas.yaml`` does it for the row ``falcon``: data, self-samples, stand-ins, batches,
-the dtype on the disk, scoring, relearning. That attack is also made with other known facts, as one fact of 43 is .023: the
-recipe's own draw of them first, then others by further seeds. The scores of the original model and of the oracle, and the
-self-samples, are kept in --out; trained tensors are not.
+``falcon-unlearn compare --grid benchmarks/ideas.yaml`` does it for the row ``falcon``: data, self-samples, stand-ins,
+batches, the dtype on the disk, scoring, relearning. That attack is also made with other known facts, as one fact of 43
+is .023: the recipe's own draw of them first, then others by further seeds. The scores of the original model and of the
+oracle, and the self-samples, are kept in --out; trained tensors are not.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from falcon_unlearn.compare import score_of
 from falcon_unlearn.console import Console
 from falcon_unlearn.corpus.batching import Encoded, Encoder
 from falcon_unlearn.corpus.fictional import build_world
+from falcon_unlearn.corpus.records import Record
 from falcon_unlearn.corpus.sources import Corpus, load_corpus
 from falcon_unlearn.engine.trainer import TrainingData, train
 from falcon_unlearn.evaluation.metrics import FORGET_SET, compute_metrics
@@ -77,12 +78,17 @@ class World:
     corpus: Corpus
     encoded: EncodedCorpus
     alternatives: Mapping[str, tuple[Encoded, ...]]
-    sets: Mapping[str, list]
+    sets: Mapping[str, list[Record]]
 
     @property
     def seed(self) -> int:
         """Of the world, the models and the run."""
         return self.recipe.seed
+
+    @property
+    def folder(self) -> Path:
+        """Where its models, corpora and self-samples are."""
+        return Path(self.recipe.model).parent
 
     @property
     def data(self) -> TrainingData:
@@ -157,7 +163,7 @@ def open_world(seed: int, out: Path, overrides: Sequence[str] = ()) -> World:
 
 @dataclass(frozen=True)
 class Result:
-    """A way on one seed; ``relearned`` and ``relearned_probability`` by draw of the known facts, the recipe's own first."""
+    """A way on one seed; relearned accuracy and probability by draw of the known facts, the recipe's own first."""
 
     way: str
     seed: int
@@ -172,9 +178,9 @@ class Result:
 
 def _scores(world: World, part: str) -> dict[str, list[SampleScore]]:
     """Scores of the original model or of the oracle, kept beside them."""
-    path = Path(world.recipe.model).parent / f"scores-{part}.json"
+    path = world.folder / f"scores-{part}.json"
     if not path.exists():
-        source = resolve_model(str(Path(world.recipe.model).parent / part), Path.cwd(), device="cpu")
+        source = resolve_model(str(world.folder / part), Path.cwd(), device="cpu")
         found = score_model(load_causal_lm(source), world.encoder, world.sets, world.recipe, QUIET)
         rows = {name: [asdict(score) for score in scores] for name, scores in found.items()}
         path.write_text(json.dumps(rows), encoding="utf-8")
@@ -182,15 +188,15 @@ def _scores(world: World, part: str) -> dict[str, list[SampleScore]]:
     return {name: [SampleScore(**row) for row in rows] for name, rows in raw.items()}
 
 
-def measure(name: str, way: Way, world: World, draws: int = 3) -> Result:
-    """Unlearn, score, and attack by relearning with ``draws`` sets of known facts."""
+def measure(name: str, way: Way, world: World, draws: int = 3, known: int = 5) -> Result:
+    """Unlearn, score, and attack by relearning with ``draws`` sets of ``known`` facts."""
     began = time.process_time()
     changed = way(world)
     seconds = time.process_time() - began
-    return judged(name, changed, world, draws, seconds)
+    return judged(name, changed, world, draws, seconds, known)
 
 
-def judged(name: str, changed: Tensors, world: World, draws: int, seconds: float = 0.0) -> Result:
+def judged(name: str, changed: Tensors, world: World, draws: int, seconds: float = 0.0, known: int = 5) -> Result:
     """Score and attack a model of which these tensors were changed."""
     model = load_causal_lm(world.source)
     on_disk = {key: value.detach().half() for key, value in changed.items()}  # the dtype of the demo's checkpoints
@@ -206,7 +212,7 @@ def judged(name: str, changed: Tensors, world: World, draws: int, seconds: float
         scores = score_model(model, world.encoder, world.sets, world.recipe, QUIET)
         for draw in range(draws):
             (run,) = run_attacks(
-                {"relearn": ATTACK},
+                {"relearn": ATTACK.model_copy(update={"known": known})},
                 model,
                 UNLEARNED,
                 world.encoder,
@@ -234,11 +240,11 @@ def judged(name: str, changed: Tensors, world: World, draws: int, seconds: float
     )
 
 
-def oracle_of(world: World, draws: int) -> Result:
+def oracle_of(world: World, draws: int, known: int = 5) -> Result:
     """The oracle, judged in the same way."""
     assert world.recipe.evaluation.oracle is not None
     source = resolve_model(world.recipe.evaluation.oracle, Path.cwd(), device="cpu")
-    return judged("oracle", dict(load_causal_lm(source).named_parameters()), world, draws)
+    return judged("oracle", dict(load_causal_lm(source).named_parameters()), world, draws, known=known)
 
 
 def spread(values: Sequence[float]) -> str:
