@@ -391,7 +391,8 @@ class Row:
 
 
 _LAYER = ("method.preset=layer", "selection.layers=[4]")
-_EDITS = {**{(layer,): (0.01, 0.1) for layer in (2, 3, 4, 5)}, (2, 3, 4, 5): (0.01, 0.1, 1.0)}
+_SINGLE: Mapping[tuple[int, ...], tuple[float, ...]] = {(layer,): (0.01, 0.1) for layer in (2, 3, 4, 5)}
+_EDITS: Mapping[tuple[int, ...], tuple[float, ...]] = {**_SINGLE, (2, 3, 4, 5): (0.01, 0.1, 1.0)}
 _GROUPS: tuple[Literal["one", "entity", "cluster"], ...] = ("one", "entity", "cluster")
 
 ROWS: Mapping[str, Row] = {
