@@ -48,22 +48,18 @@ def _layer(lr: float, **method: Any) -> dict[str, Any]:
     }
 
 
-_LEVEL: Mapping[str, Any] = {
+_STAND_IN: Mapping[str, Any] = {
     "distillation_weight": 0.3,
     "hinge_weight": 0.2,
     "floor_weight": 0.2,
-    "least_level": 1e-5,
+    "least_level": 1e-6,
 }
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "falcon": {
         # Both chosen on the embedded benchmark with seeds that the README's figures do not use: see docs/science.md.
         "default": {
-            **_whole(
-                5e-4,
-                positives="stand_in",
-                stand_in=_LEVEL,
-            ),
+            **_whole(5e-4, positives="stand_in", stand_in=_STAND_IN),
             "corpus": {"loss_mask": "answer", "self_samples": {"count": 256}},
             "selection": {"layers": "auto"},
             "training": {
