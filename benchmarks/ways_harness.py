@@ -1,9 +1,9 @@
 """Other ways to train, beside FALCON's default preset: one world at a time, without run folders.
 
-    python benchmarks/ways_harness.py                    # the default alone: the row of benchmarks/ideas.yaml
+    python benchmarks/ways_harness.py                    # the default of then alone: a row of benchmarks/ideas.yaml
 
 A way is a function that gets an opened world and returns the changed tensors. Everything else is as
-``falcon-unlearn compare --grid benchmarks/ideas.yaml`` does it for the row ``falcon``: data, self-samples, stand-ins,
+``falcon-unlearn compare --grid benchmarks/ideas.yaml`` does it for the row ``then``: data, self-samples, stand-ins,
 batches, the dtype on the disk, scoring, relearning. That attack is also made with other known facts, as one fact of 43
 is .023: the recipe's own draw of them first, then others by further seeds. The scores of the original model and of the
 oracle, and the self-samples, are kept in --out; trained tensors are not.
@@ -52,6 +52,8 @@ from falcon_unlearn.stages import (
 
 QUIET = Console(quiet=True)
 ATTACK = RelearnConfig(epochs=10, points=1)
+AS_IT_WAS = ("method.stand_in.floor_weight=0", "method.stand_in.least_level=null")
+"""The default preset when these ways were tried; hinge and distillation alone set its level."""
 ANOTHER_DRAW = 100
 """Known facts are drawn by the recipe's seed, and by it plus multiples of this."""
 
@@ -150,7 +152,7 @@ def open_world(seed: int, out: Path, overrides: Sequence[str] = ()) -> World:
         embedded.write_corpora(build_world(seed), inputs)
         embedded.write_models(seed, inputs, retrain=False, say=lambda line: print(line, file=sys.stderr))
     raw = embedded.demo_recipe(out / "none", inputs, seed)
-    recipe = recipe_from(apply_overrides({**raw, "attacks": {}}, list(overrides)))
+    recipe = recipe_from(apply_overrides({**raw, "attacks": {}}, [*AS_IT_WAS, *overrides]))
     source = resolve_model(recipe.model, Path.cwd(), device="cpu", dtype=recipe.dtype)
     encoder = Encoder(load_tokenizer(source))
     corpus = load_corpus(recipe.corpus, Path.cwd())

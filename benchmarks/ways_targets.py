@@ -53,7 +53,7 @@ class SeveralStandIns(WholeFalcon):
 
     def __init__(self, config: FalconConfig, setup: WholeSetup, level: Literal["mean", "max"]) -> None:
         super().__init__(config, setup)
-        self._level = level
+        self._joined = level
 
     def forget_loss(self, step: int, domain: str, batch: Batch, masters: Tensors) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
@@ -78,7 +78,7 @@ class SeveralStandIns(WholeFalcon):
         mean = reference.logsumexp(0) - math.log(len(others))
         loss = loss + config.distillation_weight * ((mean.exp() * (mean - ours)).sum(-1) @ weights)
         targets = batch.input_ids[rows, columns][:, None]
-        level = (mean if self._level == "mean" else reference.amax(0)).gather(1, targets)
+        level = (mean if self._joined == "mean" else reference.amax(0)).gather(1, targets)
         excess = torch.relu(ours.gather(1, targets) - level)[:, 0]
         return self.common.forget_weight * (loss + config.hinge_weight * (excess @ weights))
 
