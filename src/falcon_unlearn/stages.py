@@ -96,6 +96,7 @@ class EncodedCorpus:
             :class:`~falcon_unlearn.corpus.sources.CorpusReport`.
         loss_mask: which tokens take part in losses and statistics.
         pad_id: token to pad with.
+        begins_word: see :meth:`~falcon_unlearn.corpus.batching.Encoder.begins_word`.
     """
 
     forget: Mapping[str, list[Encoded]]
@@ -105,6 +106,7 @@ class EncodedCorpus:
     lengths: Mapping[str, LengthReport]
     loss_mask: LossMask
     pad_id: int
+    begins_word: Sequence[bool] | None = None
 
 
 def encode_corpus(recipe: Recipe, corpus: Corpus, encoder: Encoder, config: PreTrainedConfig) -> EncodedCorpus:
@@ -137,6 +139,7 @@ def encode_corpus(recipe: Recipe, corpus: Corpus, encoder: Encoder, config: PreT
         lengths,
         settings.loss_mask or "answer",
         encoder.pad_id,
+        encoder.begins_word(),
     )
 
 
@@ -893,6 +896,7 @@ def unlearn_whole(
         recipe.seed,
         len(encoded.retain),
         [item for items in encoded.retain.values() for item in items],
+        encoded.begins_word,
     )
     entry = entry_of(recipe.method)
     masters = whole.masters()

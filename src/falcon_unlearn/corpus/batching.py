@@ -94,6 +94,10 @@ class Batch:
         )
 
 
+_SPACES = ("\u0120", "\u2581", " ")
+"""How tokenizers write the space before a word: byte-level BPE, SentencePiece, plainly."""
+
+
 class Encoder:
     """Turns records into token ids with one tokenizer and one stated template.
 
@@ -137,6 +141,18 @@ class Encoder:
     def eos_id(self) -> int | None:
         """End-of-sequence id, or None where the tokenizer has none."""
         return self._eos
+
+    def begins_word(self) -> tuple[bool, ...] | None:
+        """Of each token of the vocabulary, whether a word begins with it; None where the tokenizer does not say.
+
+        Tokens before which there is a space do, and those without a letter or digit.
+        """
+        tokens = [str(token) for token in self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))]
+        if any(token.startswith("##") for token in tokens):
+            return tuple(not token.startswith("##") for token in tokens)
+        if not any(token.startswith(_SPACES) for token in tokens):
+            return None
+        return tuple(token.startswith(_SPACES) or not any(map(str.isalnum, token)) for token in tokens)
 
     def describe(self) -> str:
         """One line for reports: which template is in use."""

@@ -48,6 +48,7 @@ class WholeSetup:
         seed: everything random in a method is a function of this seed and the step.
         retain_domains: how many of them take turns.
         retain: all retain records.
+        begins_word: of each token of the vocabulary, whether a word begins with it; None: every token is a word.
     """
 
     model: WholeModel
@@ -58,6 +59,7 @@ class WholeSetup:
     seed: int
     retain_domains: int = 1
     retain: Sequence[Encoded] = ()
+    begins_word: Sequence[bool] | None = None
 
     def alternative(self, step: int, batch: Batch) -> Batch:
         """Another answer for every record of ``batch``; the next one of each with every step."""

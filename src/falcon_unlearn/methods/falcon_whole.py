@@ -38,6 +38,7 @@ from falcon_unlearn.errors import UserError
 from falcon_unlearn.methods.base import WholeSetup
 from falcon_unlearn.methods.whole_method import Unit, WholeConfig, WholeMethod, all_batches, nll, of_batch
 from falcon_unlearn.methods.whole_model import Pass
+from falcon_unlearn.model.activation_cache import record_key
 from falcon_unlearn.model.loading import number_of_layers
 from falcon_unlearn.objectives.likelihood import sequence_sums
 from falcon_unlearn.objectives.preference import npo
@@ -129,6 +130,16 @@ def aligned(batch: Batch, stand_ins: Batch) -> _Pairs:
     return _Pairs(own_rows, own_columns, their_columns, torch.tensor(weights, device=device))
 
 
+def words_of(record: Encoded, begins: Sequence[bool]) -> list[tuple[int, ...]]:
+    """The answer's tokens, word by word; ``begins``: of each token of the vocabulary, whether a word begins with it."""
+    words: list[list[int]] = []
+    for token in record.ids[record.answer_start :]:
+        if not words or begins[token]:
+            words.append([])
+        words[-1].append(token)
+    return [tuple(word) for word in words]
+
+
 def passed_together(records: Sequence[Encoded]) -> list[Sequence[Encoded]]:
     """Cut ``records`` into what the set-up runs at once: few enough not to take more memory than a training step."""
     groups: list[list[Encoded]] = []
@@ -166,6 +177,7 @@ class WholeFalcon(WholeMethod):
         chosen_stand_ins, self._passed_over = self._choose()
         self.setup = replace(setup, alternatives=chosen_stand_ins)
         self._shift = self._correction() if self.config.prior_smoothing is not None else None
+        self._words = {} if self.config.prior_smoothing is None else self._correction_of_words()
 
     @property
     def keeps_reference(self) -> bool:
@@ -268,6 +280,34 @@ class WholeFalcon(WholeMethod):
         in_forget, in_retain = counts
         return torch.log((in_retain + smoothing) / (in_forget + in_retain + smoothing)).to(device)
 
+    def _correction_of_words(self) -> dict[str, list[float]]:
+        """What is added to the level of each token of a record beyond :meth:`_correction`, for its word's sake."""
+        begins, smoothing = self.setup.begins_word, self.config.prior_smoothing
+        assert smoothing is not None
+        if begins is None:
+            return {}
+        forget = [record for batch in all_batches(self.setup) for record in batch.records]
+        sides = []
+        for records in (forget, self.setup.retain):
+            tokens, words = Counter[int](), Counter[tuple[int, ...]]()
+            for record in records:
+                tokens.update(record.ids[record.answer_start :])
+                words.update(words_of(record, begins))
+            sides.append((tokens, words))
+        (f_tokens, f_words), (r_tokens, r_words) = sides
+
+        def rarity(f: int, r: int) -> float:
+            return math.log((r + smoothing) / (f + r + smoothing))
+
+        result: dict[str, list[float]] = {}
+        for record in forget:
+            added = [0.0] * record.answer_start
+            for word in words_of(record, begins):
+                whole = rarity(f_words[word], r_words[word])
+                added += [min(0.0, whole - rarity(f_tokens[token], r_tokens[token])) for token in word]
+            result[record_key(record)] = added
+        return result
+
     @torch.no_grad()
     def _level(self, theirs: Pass, pairs: _Pairs, batch: Batch) -> Tensor:
         """What the answers' tokens should have: log p_s, corrected, ``(N,)``."""
@@ -276,6 +316,10 @@ class WholeFalcon(WholeMethod):
             batch.input_ids[pairs.rows, pairs.columns],
         )
         level = target_log_probabilities(hidden, theirs.head, targets)
+        if self._words:
+            of_words = [self._words[record_key(record)] for record in batch.records]
+            places = zip(pairs.rows.tolist(), pairs.columns.tolist(), strict=True)
+            level = level + level.new_tensor([of_words[row][column] for row, column in places])
         if self.config.least_level is None or self._shift is None:
             return level
         plain = target_log_probabilities(hidden, replace(theirs.head, shift=None), targets)
