@@ -200,6 +200,48 @@ def test_a_chat_template_that_cannot_take_the_record(template, message):
         encoder.encode(qa("q", "a"))
 
 
+# words
+
+
+@pytest.mark.parametrize("encoder", [WITH_BOS, WITHOUT_BOS], ids=["bos", "no bos"])
+def test_words_begin_at_spaces_at_punctuation_and_at_special_tokens(encoder):
+    begins = encoder.begins_word()
+    assert len(begins) == len(encoder.tokenizer)
+    encoded = encoder.encode(Record("completion", "x", " unbelievably, Ann-Marie saw  42 quilts.", "x:1"))
+    words = []
+    for token in encoded.ids[encoded.answer_start :]:
+        if begins[token] or not words:
+            words.append([])
+        words[-1].append(token)
+    found = [decode(encoder, word) for word in words]
+    assert "".join(found).startswith(" unbelievably, Ann-Marie saw  42 quilts.")
+    # A byte-level space of its own is a word, as is what has no letter.
+    assert found[:11] == [" unbelievably", ",", " Ann", "-", "Marie", " saw", " ", " 42", " quilts", ".", *found[10:11]]
+    assert all(begins[i] for i in encoder.tokenizer.all_special_ids)
+
+
+def test_continuations_that_are_marked_begin_no_word_and_a_tokenizer_without_marks_says_nothing():
+    class Fake:
+        is_fast, eos_token_id, bos_token_id, pad_token_id, chat_template = True, None, None, 0, None
+        all_special_ids = (0,)
+
+        def __init__(self, *tokens):
+            self.tokens = tokens
+
+        def __len__(self):
+            return len(self.tokens)
+
+        def __call__(self, text):
+            return {"input_ids": [1]}
+
+        def convert_ids_to_tokens(self, ids):
+            return [self.tokens[i] for i in ids]
+
+    assert Encoder(Fake("[PAD]", "quilt", "##ing", ".")).begins_word() == (True, True, False, True)
+    assert Encoder(Fake("<pad>", "\u2581quilt", "ing", ".")).begins_word() == (True, True, False, True)
+    assert Encoder(Fake("<pad>", "a", "b")).begins_word() is None
+
+
 def test_a_slow_tokenizer_is_refused():
     class Slow:
         is_fast = False

@@ -527,6 +527,64 @@ def test_the_correction_is_of_what_the_stand_in_predicts(name, smoothing, master
     assert_same(reached(loss, masters), naive_gradients(naive, expected), **CLOSE)
 
 
+def naive_words(record, begins):
+    """The answer's places, word by word."""
+    words = []
+    for place in range(record.answer_start, len(record)):
+        if begins[record.ids[place]] or not words:
+            words.append([])
+        words[-1].append(place)
+    return words
+
+
+def naive_rarities(record, forget, retain, begins, smoothing):
+    """By place, what the level is corrected by: the token's rarity, or its word's where that is rarer."""
+
+    def spelt(records):
+        return [tuple(r.ids[p] for p in word) for r in records for word in naive_words(r, begins)]
+
+    def rarity(f, r):
+        return math.log((r + smoothing) / (f + r + smoothing))
+
+    result = {}
+    for word in naive_words(record, begins):
+        ids = tuple(record.ids[place] for place in word)
+        whole = rarity(spelt(forget).count(ids), spelt(retain).count(ids))
+        for place in word:
+            token = record.ids[place]
+            result[place] = min(whole, rarity(counted_in(forget, token), counted_in(retain, token)))
+    return result
+
+
+def test_a_token_is_as_rare_as_its_word(masters):
+    begins = tuple(token % 3 == 0 for token in range(41))
+    setup = dataclasses.replace(setup_of(retain=RETAIN), begins_word=begins)
+    plain = setup_of(retain=RETAIN)
+    config = FORGET_TERMS["hinge"]
+    found, without = (
+        build(each, prior_smoothing=0.5, **config).forget_loss(4, "bio", BATCH, masters).item()
+        for each in (setup, plain)
+    )
+    naive, correction = Naive(setup, masters), naive_correction(RECORDS, RETAIN, 0.5, 41)
+    expected = 0.0
+    for record in RECORDS:
+        options = STAND_INS[record_key(record)]
+        other = options[4 % len(options)]
+        with torch.no_grad():
+            (_, p), (_, q) = naive.read(naive.now, record), naive.read(naive.before, other)
+        normaliser = (q + correction).logsumexp(-1)
+        rarities = naive_rarities(record, RECORDS, RETAIN, begins, 0.5)
+        places = list(zip(reversed(answer(record)), reversed(answer(other)), strict=False))
+        for own, theirs in places:
+            token = record.ids[own]
+            level = q[theirs - 1, token] + rarities[own] - normaliser[theirs - 1]
+            expected += 0.9 * max(0.0, (p[own - 1, token] - level).item()) / len(places) / len(RECORDS)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert abs(found - without) > 1e-3
+    one_each = dataclasses.replace(setup_of(retain=RETAIN), begins_word=(True,) * 41)  # every token a word
+    assert build(one_each, prior_smoothing=0.5, **config).forget_loss(4, "bio", BATCH, masters).item() == without
+
+
 @pytest.mark.parametrize("least", [1e-6, 0.02, 0.9])
 def test_the_correction_lowers_the_level_to_the_least_one_at_most(least, masters):
     setup, config = setup_of(retain=RETAIN), FORGET_TERMS["level"]

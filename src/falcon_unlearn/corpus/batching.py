@@ -145,14 +145,18 @@ class Encoder:
     def begins_word(self) -> tuple[bool, ...] | None:
         """Of each token of the vocabulary, whether a word begins with it; None where the tokenizer does not say.
 
-        Tokens before which there is a space do, and those without a letter or digit.
+        Tokens before which there is a space do, and special ones, and those without a letter or digit.
         """
         tokens = [str(token) for token in self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))]
+        special = set(self.tokenizer.all_special_ids)
         if any(token.startswith("##") for token in tokens):
             return tuple(not token.startswith("##") for token in tokens)
         if not any(token.startswith(_SPACES) for token in tokens):
             return None
-        return tuple(token.startswith(_SPACES) or not any(map(str.isalnum, token)) for token in tokens)
+        return tuple(
+            i in special or token.startswith(_SPACES) or not any(map(str.isalnum, token))
+            for i, token in enumerate(tokens)
+        )
 
     def describe(self) -> str:
         """One line for reports: which template is in use."""
