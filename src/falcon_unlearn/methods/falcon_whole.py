@@ -16,7 +16,8 @@ The contrast is FALCON's (Hu et al. 2025, eq. 8), its positive ours: an offset v
 below, where finetuning finds it (docs/science.md). Forget terms are means over records, so that batches can be cut.
 
 ``p_s`` is corrected for what the original model expects of anybody because it has seen the forget data: token v has its
-probability multiplied by (r_v + e) / (f_v + r_v + e), f and r being how often it stands in forget and retain answers. A
+probability multiplied by (r_v + e) / (f_v + r_v + e), f and r being how often it stands in forget and retain answers; for
+hinge and floor, by that of the word it is a part of, where that is rarer, but not to less than ``least_level``. A
 stand-in about which the original model still gives the right answer (the name reminds it) is passed over for another.
 """
 
@@ -69,6 +70,8 @@ class StandInConfig(Section):
     """The correction lowers the level that hinge and floor aim at to this probability at most; empty: without end."""
     prior_smoothing: float | None = Field(1e-3, gt=0)
     """e of the correction of p_s; empty: no correction."""
+    whole_words: bool = True
+    """The level's correction takes a token for as rare as its word is."""
     spare: int = Field(4, ge=0)
     """Further names drawn for each record, in case the first are passed over."""
     pass_over_above: float = Field(0.1, gt=0, le=1)
@@ -284,7 +287,7 @@ class WholeFalcon(WholeMethod):
         """What is added to the level of each token of a record beyond :meth:`_correction`, for its word's sake."""
         begins, smoothing = self.setup.begins_word, self.config.prior_smoothing
         assert smoothing is not None
-        if begins is None:
+        if begins is None or not self.config.whole_words:
             return {}
         forget = [record for batch in all_batches(self.setup) for record in batch.records]
         sides = []
