@@ -16,7 +16,7 @@ The contrast is FALCON's (Hu et al. 2025, eq. 8), its positive ours: an offset v
 below, where finetuning finds it (docs/science.md). Forget terms are means over records, so that batches can be cut.
 
 ``p_s`` is corrected for what the original model expects of anybody because it has seen the forget data: token v has its
-probability multiplied by (r_v + e) / (f_v + r_v + e), f and r being how often it stands in forget and retain answers; for
+probability multiplied by (r_v + e) / (f_v + r_v + e), f and r being how often it is in forget and retain answers; for
 hinge and floor, by that of the word it is a part of, where that is rarer, but not to less than ``least_level``. A
 stand-in about which the original model still gives the right answer (the name reminds it) is passed over for another.
 """
