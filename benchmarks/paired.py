@@ -4,8 +4,9 @@
     python benchmarks/paired.py                             # runs/ablations, against its row falcon
     python benchmarks/paired.py runs/methods --row npo_nll
 
-One line a row: mean and standard deviation of S and of relearned accuracy, and the two-sided p of their difference to
-the row named; then forget quality by seed. Several folders hold the same rows over different seeds: they are pooled.
+One line a row: mean and standard deviation of S (its leak measured from the oracle's, and from nought), of the utility
+kept and of relearned accuracy, and the two-sided p of their difference to the row named; then forget quality by seed.
+Several folders hold the same rows over different seeds: they are pooled.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main() -> None:
                 for key, value in values.items():
                     rows.setdefault(who, {}).setdefault(key, {})[outcome["seed"]] = value
     (relearned,) = {key for row in rows.values() for key in row if "relearn" in key}
-    keys = ("score", "kept", relearned)
+    keys = ("oracle_score", "score", "kept", relearned)
     print(f"{'':26}" + "".join(f"{key:>34}" for key in keys) + "  forget quality by seed")
     for name, row in rows.items():
         shown = []
