@@ -52,8 +52,13 @@ from falcon_unlearn.stages import (
 
 QUIET = Console(quiet=True)
 ATTACK = RelearnConfig(epochs=10, points=1)
-AS_IT_WAS = ("method.stand_in.floor_weight=0", "method.stand_in.least_level=null", "method.stand_in.whole_words=false")
-"""The default preset when these ways were tried; hinge and distillation alone set its level."""
+AS_IT_WAS = (
+    "method.stand_in.representation_weight=1",
+    "method.stand_in.floor_weight=0",
+    "method.stand_in.least_level=null",
+    "method.stand_in.whole_words=false",
+)
+"""The default preset when these ways were tried: contrast, distillation and hinge."""
 ANOTHER_DRAW = 100
 """Known facts are drawn by the recipe's seed, and by it plus multiples of this."""
 

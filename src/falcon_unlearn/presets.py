@@ -49,6 +49,7 @@ def _layer(lr: float, **method: Any) -> dict[str, Any]:
 
 
 _STAND_IN: Mapping[str, Any] = {
+    "representation_weight": 0.0,
     "distillation_weight": 0.3,
     "hinge_weight": 0.2,
     "floor_weight": 0.2,
