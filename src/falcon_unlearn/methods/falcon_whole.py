@@ -1,4 +1,4 @@
-"""FALCON on the whole model: contrast with stand-ins instead of an offset vector, in several layers at once.
+"""FALCON on the whole model: stand-ins instead of an offset vector, and predictions beside activations.
 
 A stand-in is the forget record about somebody the model never heard of (:mod:`falcon_unlearn.corpus.stand_ins`). With
 ``a`` the updated model's activation of a forget token, ``s`` the original model's of the stand-in's token at the same
@@ -13,7 +13,8 @@ distributions of updated model on the record and original model on the stand-in:
     retain  = v < -log p > (or KL to the original model) + v_r (1 - < cos(b, b0) >)   the same layers
 
 The contrast is FALCON's (Hu et al. 2025, eq. 8), its positive ours: an offset vector leaves the knowledge in the layers
-below, where finetuning finds it (docs/science.md). Forget terms are means over records, so that batches can be cut.
+below, where finetuning finds it. The default preset goes without it (docs/science.md). Forget terms are means over
+records, so that batches can be cut.
 
 ``p_s`` is corrected for what the original model expects of anybody because it has seen the forget data: token v has its
 probability multiplied by (r_v + e) / (f_v + r_v + e), f and r being how often it is in forget and retain answers; for
@@ -190,14 +191,15 @@ class WholeFalcon(WholeMethod):
     def forget_loss(self, step: int, domain: str, batch: Batch, masters: Mapping[str, Tensor]) -> Tensor:
         """See :class:`falcon_unlearn.methods.base.Method`."""
         config, model = self.config, self.setup.model
-        now = model.run(batch, self.layers, masters)
+        compared = self.layers if config.representation_weight else ()
+        now = model.run(batch, compared, masters)
         loss = now.final.new_zeros((), dtype=torch.float32)
         level_weights = (config.hinge_weight, config.floor_weight)
         if config.representation_weight or config.distillation_weight or any(level_weights):
             stand_ins = self.setup.alternative(step, batch)
-            pairs, theirs = aligned(batch, stand_ins), model.run(stand_ins, self.layers, None)
+            pairs, theirs = aligned(batch, stand_ins), model.run(stand_ins, compared, None)
             if config.representation_weight:
-                before = model.run(batch, self.layers, None)
+                before = model.run(batch, compared, None)
                 loss = loss + config.representation_weight * self._contrast(now, theirs, before, pairs)
             theirs = replace(theirs, head=replace(theirs.head, shift=self._shift))
             if config.distillation_weight:
