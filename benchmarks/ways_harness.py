@@ -57,6 +57,9 @@ AS_IT_WAS = (
     "method.stand_in.floor_weight=0",
     "method.stand_in.least_level=null",
     "method.stand_in.whole_words=false",
+    "method.stand_in.retain_weight=1",
+    "method.stand_in.retain_representation_weight=3",
+    "training.interpolation=0",
 )
 """The default preset when these ways were tried: contrast, distillation and hinge."""
 ANOTHER_DRAW = 100

@@ -135,8 +135,9 @@ def test_flops_of_the_whole_model_are_the_counted_ones(recipe_for, tmp_path, cha
         merged(STAND_INS, {"selection": {"layers": [1]}, "training": {"modules": "mlp"}}),
         {**WHOLE, "method": {"name": "npo", "preset": "default"}},
         merged(STAND_INS, {"training": {"lora": {"rank": 2}}}),
+        merged(STAND_INS, {"training": {"interpolation": 0}}),
     ],
-    ids=["stand-ins", "all terms", "one layer", "npo", "lora"],
+    ids=["stand-ins", "all terms", "one layer", "npo", "lora", "no interpolation"],
 )
 def test_memory_of_the_whole_model_is_that_of_the_real_tensors(recipe_for, tmp_path, changes):
     recipe = recipe_from(recipe_for(changes))

@@ -589,6 +589,7 @@ def _step_memory(
         optimizer=partial(_optimizer, inputs),
         micro_batches=run.micro_batches,
         cached=cached,
+        interpolation=inputs.recipe.training.interpolation > 0,
     )
 
 
@@ -656,6 +657,8 @@ def _stages_of(
         "waiting gradients": memory.gradients,
         "activations, casts, new gradients": memory.activations,
     }
+    if memory.interpolation:
+        parts["original weights (training.interpolation)"] = memory.interpolation
     values = sum(value.numel() for value in changed.values())
     stored, lora = values * _checkpoint_dtype(inputs.config).itemsize, inputs.recipe.training.lora
     merging = 0 if lora is None else 2 * lora.rank * values
@@ -820,6 +823,7 @@ def _whole_memory(
         optimizer=partial(_optimizer, inputs),
         micro_batches=micro_batches,
         released=0 if method.keeps_reference else tensor_bytes(trained),
+        interpolation=inputs.recipe.training.interpolation > 0,
     )
     return memory, meter.peak + masters
 

@@ -54,6 +54,8 @@ _STAND_IN: Mapping[str, Any] = {
     "hinge_weight": 0.2,
     "floor_weight": 0.2,
     "least_level": 1e-6,
+    "retain_weight": 3.0,
+    "retain_representation_weight": 9.0,
 }
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -65,6 +67,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "selection": {"layers": "auto"},
             "training": {
                 **_whole(5e-4)["training"],
+                "interpolation": 0.5,
                 "gradients": {"combination": "falcon", "conflict_weights": [1.0, 1.0], "aligned_weights": [1.0, 1.0]},
             },
         },

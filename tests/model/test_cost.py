@@ -220,6 +220,16 @@ def test_micro_batches_keep_their_sum():
     assert summed.gradients >= once.gradients
 
 
+def test_interpolation_holds_the_original_values_and_the_present_ones():
+    without, within = predicted_step(), predicted_step(interpolation=True)
+    assert within.interpolation in {
+        within.masters,
+        2 * within.masters,
+    }  # the second only where the peak is the forget pass
+    assert within.peak >= without.peak + within.masters
+    assert without.interpolation == 0
+
+
 def test_scoring_holds_weights_and_logits():
     config = CONFIG_MAPPING["llama"](**{**ARCHITECTURES["llama"], "vocab_size": 20_000})
     whole = blueprint(config, torch.float32)

@@ -25,6 +25,7 @@ from falcon_unlearn.config import Section
 from falcon_unlearn.corpus.batching import Batch, Encoded, batch_indices, collate
 from falcon_unlearn.engine.checkpoint import Progress, load_newest, save_checkpoint
 from falcon_unlearn.engine.gradient_conflict import GradientConfig, combine
+from falcon_unlearn.engine.interpolation import drawn_share, on_the_way_back
 from falcon_unlearn.engine.optimizers import OptimizerConfig, build_optimizer, learning_rate, scheduled
 from falcon_unlearn.engine.parallel import Replicas
 from falcon_unlearn.errors import UserError, is_out_of_memory
@@ -49,6 +50,8 @@ class TrainingConfig(Section):
     """The optimiser."""
     gradients: GradientConfig = GradientConfig()
     """How forget and retain gradients are combined."""
+    interpolation: float = Field(0.0, ge=0, lt=1)
+    """The forget gradient is taken up to this share of the way back to the original weights, drawn anew each step."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -262,7 +265,7 @@ def train(
 
     Args:
         method: gives the two losses.
-        masters: fp32 leaves by name.
+        masters: fp32 leaves by name, as training begins also where a checkpoint is continued.
         data: the streams.
         config: length, optimiser and gradient combination.
         seed: order of the data.
@@ -279,6 +282,7 @@ def train(
         UserError: memory does not suffice for a single record.
     """
     parameters = list(masters.values())
+    origin = [parameter.detach().clone() for parameter in parameters] if config.interpolation else []
     rate = learning_rate(config.optimizer, hidden_size)
     optimizer = build_optimizer(config.optimizer, parameters, hidden_size=hidden_size, batch_size=config.batch_size)
     micro = _MicroBatches(config, layout, on_halved)
@@ -301,12 +305,16 @@ def train(
             began = time.perf_counter()
             state = Progress(step, micro.size)  # before memory runs out: a resumed step is cut as this one was
             domain, forget, retain = data.at(step, config.batch_size, seed)
-            forget_loss, forget_gradients = micro.gradients(
-                partial(method.forget_loss, step, domain, masters=masters),
-                partial(method.weight, "forget"),
-                forget,
-                parameters,
-            )
+            with contextlib.ExitStack() as elsewhere:
+                if config.interpolation:
+                    share = drawn_share(config.interpolation, seed, step)
+                    elsewhere.enter_context(on_the_way_back(parameters, origin, share))
+                forget_loss, forget_gradients = micro.gradients(
+                    partial(method.forget_loss, step, domain, masters=masters),
+                    partial(method.weight, "forget"),
+                    forget,
+                    parameters,
+                )
             retain_loss, retain_gradients = micro.gradients(
                 partial(method.retain_loss, step, masters=masters),
                 partial(method.weight, "retain"),

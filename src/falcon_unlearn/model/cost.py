@@ -399,6 +399,8 @@ class StepMemory:
         optimizer: its state.
         gradients: gradients that are complete and wait when the phase of the peak begins.
         activations: everything else: saved activations, casts, temporaries and new gradients of the backward pass.
+        interpolation: what the trainer's ``interpolation`` holds then: original values of what is trained, and the
+            present ones while the forget gradient is taken elsewhere.
         phase: where the peak is: ``forget``, ``retain`` or ``update``.
     """
 
@@ -407,12 +409,14 @@ class StepMemory:
     optimizer: int
     gradients: int
     activations: int
+    interpolation: int
     phase: str
 
     @property
     def peak(self) -> int:
         """Bytes in all."""
-        return self.weights + self.masters + self.optimizer + self.gradients + self.activations
+        held = self.weights + self.masters + self.optimizer + self.gradients
+        return held + self.activations + self.interpolation
 
 
 Loss = Callable[[Mapping[str, Tensor]], Tensor | None]
@@ -471,6 +475,7 @@ def step_memory(
     optimizer: Callable[[Sequence[Tensor]], torch.optim.Optimizer],
     micro_batches: bool = False,
     cached: bool = False,
+    interpolation: bool = False,
 ) -> StepMemory:
     """Memory of one step of the trainer on a :func:`blueprint`, in the state it is in after the first one.
 
@@ -485,6 +490,7 @@ def step_memory(
         micro_batches: gradients of several micro-batches are added up.
         cached: frozen activations come from the cache, and the weights that are not needed then are gone
             (:meth:`~falcon_unlearn.model.decoder.SplitDecoder.release`). The cache itself is not counted.
+        interpolation: whether the forget gradient is taken part of the way back to the original weights.
     """
     decoder = SplitDecoder(model, layers, modules)
     return training_memory(
@@ -495,6 +501,7 @@ def step_memory(
         optimizer=optimizer,
         micro_batches=micro_batches,
         released=_released_bytes(model, decoder) if cached else 0,
+        interpolation=interpolation,
     )
 
 
@@ -507,6 +514,7 @@ def training_memory(
     optimizer: Callable[[Sequence[Tensor]], torch.optim.Optimizer],
     micro_batches: bool = False,
     released: int = 0,
+    interpolation: bool = False,
 ) -> StepMemory:
     """Memory of one step of the trainer with any two losses, in the state it is in after the first one.
 
@@ -518,6 +526,7 @@ def training_memory(
         optimizer: makes the optimiser of the masters.
         micro_batches: gradients of several micro-batches are added up.
         released: bytes of frozen weights that are gone when training begins.
+        interpolation: as in :func:`step_memory`.
     """
     with metered(model) as meter:
         weights = meter.live
@@ -527,6 +536,9 @@ def training_memory(
         chosen = optimizer(parameters)
         _update(chosen, parameters, [torch.zeros_like(p) for p in parameters])
         with_state = meter.live
+        # Not made here, where they would only be in the way of the meter: so many bytes more in every phase.
+        copies = {"forget": 2, "retain": 1, "update": 1}
+        copy = tensor_bytes(parameters) if interpolation else 0
         phases: list[tuple[str, int, int]] = []
         gradients: list[list[Tensor]] = []
         for name, loss in (("forget", forget), ("retain", retain)):
@@ -544,13 +556,14 @@ def training_memory(
         del gradients
         _update(chosen, parameters, combined)
         phases.append(("update", before, meter.peak))
-    name, before, peak = max(phases, key=lambda phase: phase[2])
+    name, before, peak = max(phases, key=lambda phase: phase[2] + copies[phase[0]] * copy)
     return StepMemory(
         weights=weights - released,
         masters=held - weights,
         optimizer=with_state - held,
         gradients=before - with_state,
         activations=peak - before,
+        interpolation=copies[name] * copy,
         phase=name,
     )
 
