@@ -42,13 +42,19 @@ nothing else, so that one process that cuts its batches otherwise differs from i
 UNEVEN = {
     "falcon_sgd": {"method": {"preset": "default"}},
     "falcon_all_terms_sgd": {
-        "method": {"preset": "default", "stand_in": {"retain": "kl", "hinge_weight": 1.0, "npo_weight": 1.0}},
+        "method": {
+            "preset": "default",
+            "stand_in": {
+                "retain": "kl", "hinge_weight": 1.0, "npo_weight": 1.0, "representation_weight": 1.0,
+                "retain_representation_weight": 1.0,  # of one minus a cosine near one: at 9 its rounding is above 1e-6
+            },
+        },
         "training": {"batch_size": 3},
     },
     "falcon_layer_sgd": {
         "method": {"preset": "layer"}, **merged(LAYERS, {"training": {"gradients": {"combination": "sum"}}}),
     },
-    "npo_replicas_sgd": {"method": {"name": "npo"}, "training": {"shard": False}},
+    "npo_replicas_sgd": {"method": {"name": "npo"}, "training": {"shard": False, "interpolation": 0.5}},
     "scrub_sgd": {"method": {"name": "scrub"}},
 }  # fmt: skip
 """SGD on batches of 7 or 3, against one process that cuts nothing."""
