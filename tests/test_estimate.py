@@ -152,6 +152,17 @@ def test_memory_of_the_whole_model_is_that_of_the_real_tensors(recipe_for, tmp_p
     assert predicted == pytest.approx(meter.peak - released, rel=0.05)
 
 
+def test_interpolation_is_counted_where_layers_are_trained_too(recipe_for):
+    plain, within = (
+        estimate_run(recipe_from(recipe_for({"training": {"cache": "never", "interpolation": share}})))
+        for share in (0, 0.5)
+    )
+    copies = within.training["copies of the weights (training.interpolation)"]
+    assert copies in {within.training["fp32 masters"], 2 * within.training["fp32 masters"]}
+    assert stage(within, "training").peak_bytes >= stage(plain, "training").peak_bytes + copies / 2
+    assert stage(within, "training").flops == stage(plain, "training").flops
+
+
 def test_a_whole_model_without_a_choice_trains_all_layers_and_tries_none(recipe_for):
     changes = {"method": {"preset": "default"}, "selection": {"layers": "auto"}, "training": {"modules": "all"}}
     estimate = estimate_run(recipe_from(recipe_for(changes)))

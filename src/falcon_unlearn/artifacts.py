@@ -66,7 +66,8 @@ class StepRecord:
 
     ``cosine`` is the mean over trained tensors of the cosine between forget and retain gradient (NaN where one of
     them is zero everywhere), ``conflicts`` the share of tensors with a negative one,
-    ``micro_batches`` into how many parts each of the two batches was cut.
+    ``micro_batches`` into how many parts each of the two batches was cut. With ``training.interpolation`` the forget
+    side of all this is that at the weights drawn for the step, on the way back to the original ones.
     """
 
     step: int

@@ -658,7 +658,7 @@ def _stages_of(
         "activations, casts, new gradients": memory.activations,
     }
     if memory.interpolation:
-        parts["original weights (training.interpolation)"] = memory.interpolation
+        parts["copies of the weights (training.interpolation)"] = memory.interpolation
     values = sum(value.numel() for value in changed.values())
     stored, lora = values * _checkpoint_dtype(inputs.config).itemsize, inputs.recipe.training.lora
     merging = 0 if lora is None else 2 * lora.rank * values

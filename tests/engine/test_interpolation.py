@@ -111,6 +111,23 @@ def test_cut_batches_are_all_taken_at_the_same_place():
     torch.testing.assert_close(found, whole)
 
 
+def test_where_memory_does_not_suffice_the_smaller_batches_are_taken_at_the_same_place(monkeypatch):
+    asked = []
+
+    def hungry(self, step, domain, batch, masters):
+        asked.append((step, masters["w"].detach().clone()))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (masters["w"] - self.up).square().sum() / 2
+
+    whole = run(0.8)[1]
+    monkeypatch.setattr(Bowls, "forget_loss", hungry)
+    halved = []
+    torch.testing.assert_close(run(0.8, on_halved=halved.append)[1], whole)
+    assert halved == [1]
+    assert len({tuple(w.tolist()) for step, w in asked if step == 0}) == 1
+
+
 def test_without_it_nothing_moves():
     method, found, _ = run(0.0)
     assert all(torch.equal(a, b) for a, b in zip(method.forgot, method.retained, strict=True))

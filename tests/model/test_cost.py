@@ -220,13 +220,14 @@ def test_micro_batches_keep_their_sum():
     assert summed.gradients >= once.gradients
 
 
-def test_interpolation_holds_the_original_values_and_the_present_ones():
-    without, within = predicted_step(), predicted_step(interpolation=True)
-    assert within.interpolation in {
-        within.masters,
-        2 * within.masters,
-    }  # the second only where the peak is the forget pass
-    assert within.peak >= without.peak + within.masters
+@pytest.mark.parametrize(
+    ("forget", "copies"), [(BatchShape(1, 2, 2, padded=False), 1), (BatchShape(200, 60, 12_000, padded=False), 2)]
+)
+def test_interpolation_holds_the_original_values_and_in_the_forget_pass_the_present_ones(forget, copies):
+    without, within = predicted_step(forget=forget), predicted_step(forget=forget, interpolation=True)
+    assert within.phase == without.phase == ("forget" if copies == 2 else "retain")
+    assert within.interpolation == copies * within.masters
+    assert within.peak == without.peak + within.interpolation
     assert without.interpolation == 0
 
 

@@ -181,6 +181,7 @@ class _MicroBatches:
         self.size = min(config.micro_batch_size or config.batch_size, config.batch_size)
         self._layout = layout
         self._on_halved = on_halved
+        self._instead = "set training.interpolation to 0, " if config.interpolation else ""
 
     def gradients(
         self,
@@ -208,7 +209,7 @@ class _MicroBatches:
             if self.size == 1:
                 raise UserError(
                     "out of memory with a single record; lower corpus.max_length, train fewer layers or modules, "
-                    "or use dtype bfloat16"
+                    f"{self._instead}or use dtype bfloat16"
                 )
             self.size = (min(self.size, len(batch)) + 1) // 2
             if self._on_halved is not None:
@@ -260,7 +261,8 @@ def train(
     """Train ``masters`` in place.
 
     A checkpoint of step k is written only after the losses and gradients at that state were seen to be finite (at
-    the end and on Ctrl-C, where there are none yet: the weights), so the last one on disk is always a good state.
+    the end and on Ctrl-C, where there are none yet: the weights), so the last one on disk is always a good state. With
+    ``interpolation`` the forget side is seen on the way back from that state instead.
     Micro-batches are added up objective by objective, and conflicts resolved once a step on the sums.
 
     Args:

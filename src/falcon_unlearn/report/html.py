@@ -200,6 +200,7 @@ def build_report(run: Path, *, samples: int = 12) -> str:
         "steps": _step_facts(steps),
         "step_figures": _present(figures.losses(steps or ()), figures.gradient_conflict(steps or ())),
         "points_per_mean": figures.points_per_mean(len(steps or ())),
+        "interpolation": (_recipe_section(recipe, "training") or {}).get("interpolation"),
         "corpus": _corpus(_read_object(run / "corpus.json")),
         "patch": _patch(run, provenance),
         "provenance": _facts(provenance) if provenance is not None else None,
@@ -437,7 +438,7 @@ def _limits(
     kept = _listed(list(dict.fromkeys(str(r.get("set")) for r in scores.get("after", ()) if r.get("set") != "forget")))
     if kept:
         limits.append(f"Model utility covers these sets and nothing else: {kept}.")
-    evaluation, sweep = _recipe_settings(recipe)
+    evaluation, sweep = _recipe_section(recipe, "evaluation"), _recipe_section(recipe, "selection", "sweep") or {}
     if evaluation is not None and not evaluation.get("retain"):
         limits.append("The retain set was scored on the records that the run was trained to keep.")
     if selection and selection.selector == "sweep":
@@ -449,17 +450,15 @@ def _limits(
     return limits
 
 
-def _recipe_settings(recipe: str | None) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
-    """The sections ``evaluation`` and ``selection.sweep`` of a resolved recipe, as far as it has them."""
+def _recipe_section(recipe: str | None, *path: str) -> Mapping[str, Any] | None:
+    """A section of a resolved recipe; None where it has none."""
     try:
         content = yaml.safe_load(recipe or "")
     except yaml.YAMLError:
-        return None, {}
-    if not isinstance(content, Mapping):
-        return None, {}
-    evaluation, selection = content.get("evaluation"), content.get("selection")
-    sweep = selection.get("sweep") if isinstance(selection, Mapping) else None
-    return evaluation if isinstance(evaluation, Mapping) else None, sweep if isinstance(sweep, Mapping) else {}
+        return None
+    for name in path:
+        content = content.get(name) if isinstance(content, Mapping) else None
+    return content if isinstance(content, Mapping) else None
 
 
 def _cut(text: Any, limit: int = MAX_CHARACTERS) -> _Text:
