@@ -35,7 +35,16 @@ def test_killed_before_the_first_file_had_its_name_the_folder_is_empty(tmp_path,
 
 
 def test_resume_removes_what_was_cut_off_and_keeps_what_is_read(tmp_path):
-    kept = {MARKER, "scores", "scores/.a.jsonl.partial.tmp", "scores/.b.jsonl.12.tmp", ".other.json.12.tmp", ".x.tmp"}
+    kept = {
+        MARKER,
+        "scores",
+        "scores/.a.jsonl.partial.tmp",
+        "scores/.b.jsonl.12.tmp",
+        ".other.json.12.tmp",
+        ".x.tmp",
+        ".tmp",
+        ".tmpfile",
+    }
     write(tmp_path, *kept - {"scores"})
     write(
         tmp_path,
@@ -43,6 +52,8 @@ def test_resume_removes_what_was_cut_off_and_keeps_what_is_read(tmp_path):
         "scores/.a.jsonl.12.tmp",
         ".patch.12.tmp/.f.12.tmp",
         ".trial_a1.tmp/cache",
+        ".tmpJsIAhk",  # safetensors'
+        "scores/.tmpa0Zz9b",
     )
     opened(tmp_path, resume=True)
     assert names(tmp_path) == kept

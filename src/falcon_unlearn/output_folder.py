@@ -15,6 +15,8 @@ from falcon_unlearn.errors import UserError
 
 _UNNAMED = re.compile(r"\.(?P<name>.+)\.(?P<by>[0-9a-f]{12}|\d+|partial)\.tmp")
 _TRIAL = re.compile(r"\.trial\w+\.tmp")
+_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")
+"""What safetensors (0.8 and above) writes to before it gives a file its name, ours being temporary too."""
 
 
 def open_output(
@@ -120,8 +122,8 @@ def _left_by_a_kill(path: Path, is_ours: Callable[[Path], bool]) -> set[Path]:
     The partial scores of a suite are read until the whole file is there.
     """
     found = set()
-    for entry in path.rglob(".*.tmp"):
-        if _TRIAL.fullmatch(entry.name):
+    for entry in path.rglob(".*tmp*"):
+        if _TRIAL.fullmatch(entry.name) or _SAFETENSORS.fullmatch(entry.name):
             found.add(entry)
         elif (match := _UNNAMED.fullmatch(entry.name)) is not None:
             whole = entry.with_name(match["name"])
@@ -132,7 +134,10 @@ def _left_by_a_kill(path: Path, is_ours: Callable[[Path], bool]) -> set[Path]:
 
 def is_temporary(path: Path) -> bool:
     """Whether a name is one that unfinished writing leaves behind."""
-    return any(part.startswith(".") and part.endswith(".tmp") for part in path.parts)
+    return any(
+        (part.startswith(".") and part.endswith(".tmp")) or _SAFETENSORS.fullmatch(part) is not None
+        for part in path.parts
+    )
 
 
 def _refuse_another(file: Path, what: str, settings: Mapping[str, Any], not_compared: Sequence[str]) -> None:
