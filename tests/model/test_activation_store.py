@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from falcon_unlearn.errors import UserError
@@ -26,6 +26,7 @@ def path(tmp_path):
     budget=st.sampled_from([0, 64, 200, 10_000]),
     slab=st.sampled_from([None, 0, 1, 700, 100_000]),
 )
+@example(puts=[("a", 1, torch.bfloat16), ("a", 0, torch.float32)], budget=64, slab=0)
 def test_is_a_dictionary_whatever_the_budget_and_the_memory(tmp_path_factory, puts, budget, slab):
     slabs = None if slab is None else Slabs(pinned=False, size=slab)
     store, expected = ActivationStore(tmp_path_factory.mktemp("store") / "file", budget, slabs), {}

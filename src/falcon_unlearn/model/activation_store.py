@@ -56,7 +56,9 @@ class Slabs:
         if len(self._block) < taken:
             self._block = torch.empty(max(self._size, taken), dtype=torch.uint8, pin_memory=self._pinned)
         values = self._block[:taken].view(tensor.dtype).view(tensor.shape)
-        self._block = self._block[-(-taken // _ALIGNMENT) * _ALIGNMENT :]
+        aligned = -(-taken // _ALIGNMENT) * _ALIGNMENT
+        # A slice beyond the end would be empty at an odd offset, where no empty tensor of a wider dtype can lie.
+        self._block = self._block[aligned:] if aligned < len(self._block) else torch.empty(0, dtype=torch.uint8)
         return values.copy_(tensor.detach())
 
 
