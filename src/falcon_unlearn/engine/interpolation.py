@@ -7,9 +7,9 @@ to be forgotten has to stay forgotten on that way too: at step t the forget grad
 
 with w0 the weights that training began with, and is applied to w; the retain gradient is that at w. With adapters w is
 their factors, so that their product is taken back on a curve. It costs two more copies of the trained tensors and no
-further pass. The weights between two models are what is looked at under the name
-of linear mode connectivity (Frankle et al., ICML 2020, arXiv 1912.05671); ours is to train on them, measured in
-docs/science.md. ``falcon-unlearn attack`` looks at the same line (interpolate).
+further pass. The weights between two models are what is looked at under the name of linear mode connectivity (Frankle
+et al., ICML 2020, arXiv 1912.05671); ours is to train on them, measured in docs/science.md.
+``falcon-unlearn attack`` looks at the same line (interpolate).
 """
 
 from __future__ import annotations

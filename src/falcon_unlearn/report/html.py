@@ -171,6 +171,7 @@ def build_report(run: Path, *, samples: int = 12) -> str:
     steps = _steps(run / "training.jsonl")
     scores = {name: rows for name in MODELS if (rows := _read_lines(run / "scores" / f"{name}.jsonl")) is not None}
     recipe = _read_text(run / "recipe.yaml")
+    settings = _settings(recipe)
     attacked = _read_object(run / "attacks.json")
     provenance = _read_object(run / "provenance.json")
     shown_models = [name for name in MODELS if metrics and metrics.get(name)]
@@ -185,7 +186,7 @@ def build_report(run: Path, *, samples: int = 12) -> str:
         "unscorable": _unscorable(metrics or {}, shown_models),
         "suites": _suites(metrics or {}, shown_models),
         "attacks": _attacks(attacked),
-        "limits": _limits(metrics, selection, scores, recipe, attacked=attacked is not None),
+        "limits": _limits(metrics, selection, scores, settings, attacked=attacked is not None),
         "score_models": list(scores),
         "sets": _sample_sets(scores, samples),
         "max_characters": MAX_CHARACTERS,
@@ -200,7 +201,7 @@ def build_report(run: Path, *, samples: int = 12) -> str:
         "steps": _step_facts(steps),
         "step_figures": _present(figures.losses(steps or ()), figures.gradient_conflict(steps or ())),
         "points_per_mean": figures.points_per_mean(len(steps or ())),
-        "interpolation": (_recipe_section(recipe, "training") or {}).get("interpolation"),
+        "interpolation": (_section(settings, "training") or {}).get("interpolation"),
         "corpus": _corpus(_read_object(run / "corpus.json")),
         "patch": _patch(run, provenance),
         "provenance": _facts(provenance) if provenance is not None else None,
@@ -414,7 +415,7 @@ def _limits(
     metrics: Mapping[str, Any] | None,
     selection: LayerSelection | None,
     scores: Mapping[str, Sequence[Mapping[str, Any]]],
-    recipe: str | None,
+    settings: Mapping[str, Any],
     *,
     attacked: bool,
 ) -> list[str]:
@@ -438,7 +439,7 @@ def _limits(
     kept = _listed(list(dict.fromkeys(str(r.get("set")) for r in scores.get("after", ()) if r.get("set") != "forget")))
     if kept:
         limits.append(f"Model utility covers these sets and nothing else: {kept}.")
-    evaluation, sweep = _recipe_section(recipe, "evaluation"), _recipe_section(recipe, "selection", "sweep") or {}
+    evaluation, sweep = _section(settings, "evaluation"), _section(settings, "selection", "sweep") or {}
     if evaluation is not None and not evaluation.get("retain"):
         limits.append("The retain set was scored on the records that the run was trained to keep.")
     if selection and selection.selector == "sweep":
@@ -450,12 +451,18 @@ def _limits(
     return limits
 
 
-def _recipe_section(recipe: str | None, *path: str) -> Mapping[str, Any] | None:
-    """A section of a resolved recipe; None where it has none."""
+def _settings(recipe: str | None) -> Mapping[str, Any]:
+    """A resolved recipe as a mapping; empty where it cannot be read."""
     try:
         content = yaml.safe_load(recipe or "")
     except yaml.YAMLError:
-        return None
+        return {}
+    return content if isinstance(content, Mapping) else {}
+
+
+def _section(settings: Mapping[str, Any], *path: str) -> Mapping[str, Any] | None:
+    """A section of a resolved recipe; None where it has none."""
+    content: Any = settings
     for name in path:
         content = content.get(name) if isinstance(content, Mapping) else None
     return content if isinstance(content, Mapping) else None
